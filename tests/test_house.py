@@ -1,0 +1,432 @@
+"""The house: names, layers, packaging, notebooks and the files around them."""
+
+import ast
+import configparser
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "annotated_detr"
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+CHAPTERS = [
+    "00_introduction",
+    "01_data",
+    "02_nested_tensor",
+    "03_backbone",
+    "04_positional_encoding",
+    "05_transformer",
+    "06_detr",
+    "07_matcher",
+    "08_loss",
+    "09_evaluation",
+    "10_training",
+    "11_inference",
+]
+APPENDICES = ["scenes", "figures", "cli"]
+GROUND_FLOOR = {"scenes", "figures"}
+sys.path.insert(0, str(ROOT / "book"))
+
+# The names that must not move: argument names, in order, and defaults (... stands for "no default").
+PUBLIC = {
+    "data": {
+        "CocoDetection": "img_folder, ann_file, transforms=None, return_masks=False",
+        "ConvertCocoPolysToMask": "return_masks=False",
+        "make_coco_transforms": "image_set",
+        "check_dataset": "img_folder, ann_file",
+    },
+    "nested_tensor": {
+        "NestedTensor": "tensors, mask",
+        "NestedTensor.to": "self, device",
+        "NestedTensor.decompose": "self",
+        "nested_tensor_from_tensor_list": "tensor_list",
+        "collate_fn": "batch",
+    },
+    "backbone": {
+        "FrozenBatchNorm2d": "n",
+        "BackboneBase": "backbone, train_backbone, num_channels, return_interm_layers",
+        "Backbone": "name, train_backbone, return_interm_layers, dilation, weights=None",
+    },
+    "positional_encoding": {
+        "PositionEmbeddingSine": "num_pos_feats=64, temperature=10000, normalize=False, scale=None",
+        "PositionEmbeddingLearned": "num_pos_feats=256",
+        "Joiner": "backbone, position_embedding",
+    },
+    "transformer": {
+        "Transformer": "d_model=512, nhead=8, num_encoder_layers=6, num_decoder_layers=6, dim_feedforward=2048, dropout=0.1, "
+        'activation="relu", normalize_before=False, return_intermediate_dec=False',
+        "Transformer.forward": "self, src, mask, query_embed, pos_embed",
+        "TransformerEncoder": None,
+        "TransformerEncoderLayer": None,
+        "TransformerDecoder": None,
+        "TransformerDecoderLayer": None,
+    },
+    "detr": {
+        "MLP": "input_dim, hidden_dim, output_dim, num_layers",
+        "DETR": "backbone, transformer, num_classes, num_queries, aux_loss=False",
+        "PostProcess": "",
+        "PostProcess.forward": "self, outputs, target_sizes",
+        "detr_resnet50": "pretrained=False, num_classes=91, return_postprocessor=False",
+        "detr_resnet50_dc5": "pretrained=False, num_classes=91, return_postprocessor=False",
+        "detr_resnet101": "pretrained=False, num_classes=91, return_postprocessor=False",
+        "detr_resnet101_dc5": "pretrained=False, num_classes=91, return_postprocessor=False",
+    },
+    "matcher": {
+        "HungarianMatcher": "cost_class=1, cost_bbox=1, cost_giou=1",
+        "HungarianMatcher.forward": "self, outputs, targets",
+    },
+    "loss": {
+        "SetCriterion": "num_classes, matcher, weight_dict, eos_coef, losses",
+        "SetCriterion.forward": "self, outputs, targets",
+    },
+}
+ROWS = [(module, name, wanted) for module, names in PUBLIC.items() for name, wanted in names.items()]
+
+
+def cells(path: Path, kind: str) -> list[str]:
+    """The sources of a notebook's cells of one kind."""
+    return ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf8"))["cells"] if cell["cell_type"] == kind]
+
+
+def tracked() -> list[Path]:
+    """The files of the repository: tracked by git or, in a tree without git, all but what is built."""
+    done = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("this tree is not a git checkout")
+    return [path for name in done.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def texts() -> list[tuple[str, str]]:
+    """Name and text of every tracked text file."""
+    binary = {".npz", ".safetensors", ".png", ".jpg", ".jpeg"}
+    return [(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf8")) for path in tracked() if path.suffix not in binary]
+
+
+# --- the public names -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module, name, wanted", ROWS, ids=[name for _, name, _ in ROWS])
+def test_public_names_keep_their_arguments(module, name, wanted):
+    import annotated_detr
+
+    first, *rest = name.split(".")
+    thing = getattr(annotated_detr, first)
+    assert thing is getattr(importlib.import_module(f"annotated_detr.{module}"), first)
+    for part in rest:
+        thing = getattr(thing, part)
+    if wanted is None:
+        assert callable(thing)
+        return
+    reference = {}
+    exec(f"def reference({wanted}): pass", reference)
+    expected = list(inspect.signature(reference["reference"]).parameters.values())
+    found = list(inspect.signature(thing).parameters.values())
+    assert [parameter.name for parameter in found[: len(expected)]] == [parameter.name for parameter in expected]
+    assert [parameter.default for parameter in found[: len(expected)]] == [parameter.default for parameter in expected]
+    positional = {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    assert {parameter.kind for parameter in found[: len(expected)]} <= positional
+    for extra in found[len(expected) :]:
+        optional = extra.default is not inspect.Parameter.empty or extra.kind in (extra.VAR_KEYWORD, extra.VAR_POSITIONAL)
+        assert optional, f"{name} asks for {extra.name}, which callers of the paper's code do not give"
+
+
+def test_every_lazy_name_exists_and_is_listed():
+    import annotated_detr
+
+    for name in annotated_detr.__all__:
+        assert getattr(annotated_detr, name) is not None
+        assert name in dir(annotated_detr)
+    with pytest.raises(AttributeError, match="no attribute 'detr_resnet5000'"):
+        annotated_detr.detr_resnet5000
+
+
+def test_importing_the_package_imports_nothing_but_itself():
+    code = "import sys, torch, torchvision; before = set(sys.modules); import annotated_detr; print(sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert ast.literal_eval(done.stdout.strip()) == ["annotated_detr"]
+
+
+# --- layers and drift -------------------------------------------------------------------------------------------------
+
+
+def floor(module: str) -> int:
+    """The chapter number of a module; -1 for the ground floor; the command line comes last."""
+    if module in GROUND_FLOOR:
+        return -1
+    if module == "cli":
+        return 100
+    (number,) = [int(chapter[:2]) for chapter in CHAPTERS if chapter[3:] == module]
+    return number
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of the package that a module imports, anywhere in its text."""
+    public = importlib.import_module("annotated_detr")._MODULE_OF
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "annotated_detr"):
+            inside = (node.module or "") if node.level else ".".join((node.module or "").split(".")[1:])
+            if inside:
+                found.add(inside.split(".")[0])
+            else:
+                found |= {public.get(alias.name, alias.name) for alias in node.names if alias.name != "__version__"}
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("annotated_detr.")}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_a_module_imports_only_from_chapters_before_it(path):
+    for other in imports_of(path):
+        assert floor(other) < floor(path.stem), f"{path.stem} imports {other}, which does not come before it"
+
+
+def test_every_module_is_named_like_its_notebook():
+    for path in NOTEBOOKS:
+        named = [match[1] for source in cells(path, "code") if (match := re.match(r"#\| default_exp (\S+)", source))]
+        if path.stem in ("index", "00_introduction"):
+            assert named == []
+        else:
+            assert named == [re.sub(r"^\d\d_", "", path.stem)], path.name
+
+
+def test_the_book_has_every_chapter():
+    assert {path.stem for path in NOTEBOOKS} >= {*CHAPTERS, *APPENDICES}
+    contents = (ROOT / "_toc.yml").read_text(encoding="utf8")
+    assert re.findall(r"nbs/(\w+)", contents) == ["index", *CHAPTERS, *APPENDICES]
+
+
+def test_the_package_is_what_the_notebooks_export():
+    pytest.importorskip("nbdev")
+    import check_drift
+
+    assert check_drift.drift(ROOT) == []
+
+
+def test_the_drift_check_sees_an_edit_a_new_module_and_an_orphan(tmp_path):
+    pytest.importorskip("nbdev")
+    import shutil
+
+    import check_drift
+
+    for folder in ("nbs", "annotated_detr"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    for name in ("settings.ini", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    edited = tmp_path / "annotated_detr" / "nested_tensor.py"
+    edited.write_text(edited.read_text(encoding="utf8") + "\nx = 1\n", encoding="utf8")
+    (tmp_path / "annotated_detr" / "orphan.py").write_text("x = 1\n", encoding="utf8")
+    (tmp_path / "annotated_detr" / "matcher.py").unlink()
+    found = " ".join(check_drift.drift(tmp_path))
+    assert "nested_tensor.py differs" in found and "orphan.py comes from no notebook" in found and "matcher.py is missing" in found
+
+
+# --- notebooks --------------------------------------------------------------------------------------------------------
+
+INSTALL = """#| hide
+# On Colab or any bare machine: install the package that this book exports. It leaves the torch that is there alone.
+import importlib.util
+if importlib.util.find_spec("annotated_detr") is None:
+    %pip install -q "annotated_detr @ git+https://github.com/{repository}\""""
+
+
+def repository() -> str:
+    """OWNER/NAME, as settings.ini has it."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "settings.ini", encoding="utf8")
+    return f"{settings['DEFAULT']['user']}/{settings['DEFAULT']['repo']}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_ready_for_colab_github_and_the_book(path):
+    notebook = json.loads(path.read_text(encoding="utf8"))
+    code, prose = cells(path, "code"), cells(path, "markdown")
+    assert prose[0].startswith("# "), "the first cell has the title"
+    assert sum(line.startswith("# ") for text in prose for line in text.splitlines()) >= 1
+    assert code[0] == INSTALL.format(repository=repository()), "the first code cell installs the package, as in every notebook"
+    assert any("figures.show(" in source for source in code), "a chapter has at least one figure"
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code" and "#| eval: false" not in "".join(cell["source"]):
+            assert not cell["outputs"] and cell["execution_count"] is None, "outputs are the build's, not the repository's"
+    for source in code:
+        lines = [line for line in source.splitlines() if line.strip() and not line.startswith("#|")]
+        limit = 60 if re.search(r"^#\| exporti?\b", source, flags=re.M) else 30
+        assert len(lines) <= limit, f"{len(lines)} lines in the cell that begins with {lines[0]!r}"
+    for text in prose:
+        outside = re.sub(r"^(```|~~~).*?^\1", "", text, flags=re.M | re.S)
+        assert not re.search(r"^\s*(:::|```\{)|\{[\w:-]+\}`", outside, flags=re.M), "MyST is not plain Markdown"
+        assert text.count("<details") == text.count("</details>"), "a fold closes in its own cell"
+
+
+def test_the_reader_of_the_book_understands_directives_and_call_outs():
+    pytest.importorskip("sphinx")
+    pytest.importorskip("myst_nb")
+    import annotated_book
+    import nbformat
+
+    def read(*cells):
+        notebook = nbformat.v4.new_notebook(cells=list(cells))
+        return annotated_book.read_notebook(nbformat.v4.writes(notebook)).cells
+
+    code = nbformat.v4.new_code_cell
+    prose = nbformat.v4.new_markdown_cell
+    hidden, quiet, folded, solution, plain = read(
+        code("#| hide\nx = 1"),
+        code("#| echo: false\nx"),
+        code("#| code-fold: true\n#| code-summary: The long way\nx"),
+        code("#| code-fold: true\n#| code-summary: Solution 1\nx"),
+        code("#| export\ndef f(): ..."),
+    )
+    assert hidden.metadata.tags == ["remove-cell"] and quiet.metadata.tags == ["remove-input"]
+    assert folded.metadata.tags == ["hide-input"] and folded.metadata.mystnb.code_prompt_show == "The long way"
+    assert solution.metadata.tags == ["hide-cell"] and plain.source == "def f(): ..."
+    (note,) = read(prose("> [!NOTE]\n> First.\n>\n> - a list\n\nafter"))
+    assert "{note}\nFirst.\n\n- a list\n::::" in note.source and note.source.endswith("after")
+    (details,) = read(prose("<details><summary>Solution 2</summary>\n\n$a$ and `b`\n\n</details>\n\nafter"))
+    assert "{dropdown} Solution 2\n\n$a$ and `b`\n" in details.source and "<details" not in details.source
+    (fenced,) = read(prose("```\n> [!NOTE]\n> stays\n```"))
+    assert "[!NOTE]" in fenced.source
+    (link,) = read(prose("see [Figure 1](05_transformer.ipynb#fig-layer)"))
+    assert 'href="05_transformer.html#fig-layer"' in link.source
+
+
+def test_a_changed_module_re_runs_only_the_chapters_that_import_it(tmp_path, monkeypatch):
+    pytest.importorskip("sphinx")
+    pytest.importorskip("myst_nb")
+    import shutil
+
+    import annotated_book
+
+    copy = shutil.copytree(PACKAGE, tmp_path / "annotated_detr")
+    monkeypatch.setattr(annotated_book, "PACKAGE", copy)
+    about_matcher = "from annotated_detr.loss import SetCriterion"
+    about_backbone = "from annotated_detr import Backbone"
+    before = [annotated_book.digest_of_imports(text) for text in (about_matcher, about_backbone)]
+    assert before == [annotated_book.digest_of_imports(text) for text in (about_matcher, about_backbone)]
+    path = copy / "matcher.py"  # loss imports matcher: the change is felt through it
+    path.write_text(path.read_text(encoding="utf8") + "\n# changed\n", encoding="utf8")
+    after = [annotated_book.digest_of_imports(text) for text in (about_matcher, about_backbone)]
+    assert before[0] != after[0] and before[1] == after[1]
+
+
+def test_the_check_of_the_pages_bites(tmp_path):
+    import check_book
+
+    def problems(body: str) -> str:
+        (tmp_path / "page.html").write_text(f"<html><body>{body}</body></html>", encoding="utf8")
+        return " ".join(check_book.check(tmp_path, ROOT))
+
+    assert problems("<h1 id='a'>Fine</h1><a href='#a'>here</a><a href='https://arxiv.org'>out</a>") == ""
+    assert "directive" in problems("<p>#| hide</p>")
+    assert "traceback" in problems("<pre>Traceback (most recent call last)</pre>")
+    assert "a warning" in problems("<pre>x.py:1: UserWarning: too late</pre>")
+    assert "machine" in problems(f"<p>{ROOT}/nbs</p>")
+    assert "MyST role" in problems("<p>{ref}`there`</p>")
+    assert "leads to no file" in problems("<a href='gone.html'>x</a>")
+    assert "leads to no place" in problems("<a href='#gone'>x</a>")
+    assert "from another host" in problems("<script src='https://cdn.example.org/x.js'></script>")
+    assert "alternative text" in problems("<img src='data:,'>")
+    assert "which is not there" in problems("<img src='gone.png' alt='x'>")
+
+
+# --- files around the book --------------------------------------------------------------------------------------------
+
+
+def test_the_repository_is_named_in_one_place():
+    owner, name = repository().split("/")
+    hosts = r"(?:github\.com|raw\.githubusercontent\.com|colab\.research\.google\.com/github)/([\w.-]+)/([\w.-]+?)(?:\.git)?(?=[/\"'\s)#@>\]}]|$)"
+    ours = 0
+    for path, text in texts():
+        if path in ("tests/test_house.py",) or path.startswith("book/lock"):
+            continue
+        for match in re.finditer(hosts, text):
+            if match[2] == name or match[1] == owner or "annotated" in match[0].lower():
+                assert (match[1], match[2]) == (owner, name), f"{path} names {match[0]}"
+                ours += 1
+    assert ours >= len(NOTEBOOKS)
+    config = (ROOT / "_config.yml").read_text(encoding="utf8")
+    assert f"url: https://github.com/{owner}/{name}\n" in config
+
+
+def test_versions_agree():
+    import annotated_detr
+
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "settings.ini", encoding="utf8")
+    version = annotated_detr.__version__
+    assert settings["DEFAULT"]["version"] == version
+    assert f'version: "{version}"' in (ROOT / "CITATION.cff").read_text(encoding="utf8")
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf8")
+
+
+def test_no_file_names_a_place_outside_the_repository():
+    outside = re.compile(r"(?<![\w.$])(?:/work/|/home/\w|/root/|/Users/\w|/mnt/\w)|\.\./shared\b|(?<![\w./-])shared/(?:data|design|golden)")
+    for path, text in texts():
+        if path in (".ci/run", "tests/test_house.py", "book/check_book.py"):
+            continue
+        match = outside.search(text)
+        assert match is None, f"{path} names {match[0]}, which other machines do not have"
+
+
+def test_the_top_level_has_what_a_newcomer_looks_for():
+    wanted = "nbs annotated_detr _toc.yml _config.yml settings.ini pyproject.toml tests README.md Makefile LICENSE LICENSE-prose CHANGELOG.md CITATION.cff book"
+    assert [name for name in wanted.split() if not (ROOT / name).exists()] == []
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf8")
+    assert "Attribution 4.0 International" in (ROOT / "LICENSE-prose").read_text(encoding="utf8")
+
+
+def test_the_wheel_holds_the_package_alone(tmp_path):
+    """Built from a copy, so that no build folder is left in the tree; nothing is downloaded."""
+    import shutil
+
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in tracked():
+        target = source / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    outside = [name for name in names if not name.startswith(("annotated_detr/", "annotated_detr-"))]
+    assert outside == []
+    assert "annotated_detr/py.typed" in names
+    assert {f"annotated_detr/{path.name}" for path in PACKAGE.glob("*.py")} <= set(names)
+    metadata = zipfile.ZipFile(wheel).read(next(name for name in names if name.endswith("METADATA"))).decode()
+    requirements = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
+    assert requirements and not any(re.search(r"==|<|~=", line) for line in requirements), "lower bounds only"
+    points = zipfile.ZipFile(wheel).read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+    assert "annotated-detr = annotated_detr.cli:main" in points
+
+
+@pytest.mark.parametrize("lock", ["lock.txt", "lock-oldest.txt"])
+def test_lock_files_fit_the_bounds(lock):
+    """Every requirement of pyproject.toml is locked, with hashes; the oldest lock holds exactly the lower bounds."""
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
+    text = (ROOT / "book" / lock).read_text(encoding="utf8")
+    locked = {}
+    for match in re.finditer(r"^([\w.-]+)==([^\s;\\]+)", text, flags=re.M):
+        locked.setdefault(match[1].lower(), []).append(match[2])
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + extras["tensorboard"] + extras["notebooks"] + extras["test"]
+    wanted += extras["book"] if lock == "lock.txt" else []
+    for requirement in map(Requirement, wanted):
+        versions = locked.get(requirement.name.lower(), [])
+        assert versions, f"{lock} does not hold {requirement.name}: run `make lock`"
+        assert all(requirement.specifier.contains(version, prereleases=True) for version in versions), requirement
+    if lock == "lock-oldest.txt":
+        assert locked["torch"] == ["2.11.0"] and locked["torchvision"] == ["0.26.0"]
+    assert text.count("--hash=sha256:") > len(locked)
