@@ -175,13 +175,13 @@ def _outline(kind: int, stretch: int, rim: int) -> tuple[np.ndarray, ...]:
 
 _TURNS = [(round(16384 * math.cos(2 * math.pi * i / TURN)), round(16384 * math.sin(2 * math.pi * i / TURN))) for i in range(TURN)]
 
-# %% ../nbs/scenes.ipynb #9b15e6b0
+# %% ../nbs/scenes.ipynb #e888b68c
 def _place(thing: Thing, height: int, width: int, rim: int = 0) -> list[np.ndarray]:
     """The polygons of a thing in a picture of this size, as (x, y) in 1/256 of a pixel."""
     scale = thing.size * math.isqrt(height * width << 16) >> 16
     cos, sin = _TURNS[thing.angle % TURN]
-    middle = np.array([thing.x * width * 256 // UNIT, thing.y * height * 256 // UNIT])
-    turn = np.array([[cos, sin], [-sin, cos]])
+    middle = np.array([thing.x * width * 256 // UNIT, thing.y * height * 256 // UNIT], np.int64)
+    turn = np.array([[cos, sin], [-sin, cos]], np.int64)
     return [middle + (polygon @ turn * scale >> 26) for polygon in _outline(thing.kind, thing.stretch, rim)]
 
 # %% ../nbs/scenes.ipynb #4a6e874b
@@ -451,24 +451,24 @@ def draw(
     stack = np.stack(masks) if masks else np.zeros((0, height, width), bool)
     return image, stack, _annotations([scene.things[i] for i in kept], masks, areas, scene.index + 1)
 
-# %% ../nbs/scenes.ipynb #9eb9fc74
+# %% ../nbs/scenes.ipynb #6493623f
 _SIDES = (8, 60)  # percent of the picture's side that a whole object's box may take
 _STUDY = 96  # scenes are composed on a small raster of about 96 × 96 pixels
 
 
-def _propose(dice: _Dice, size: int, placed: Sequence[Thing], colours: Sequence[int]) -> Thing:
-    """A thing of this size somewhere, half of the time touching one that is already there."""
+def _propose(dice: _Dice, kind: int, size: int, placed: Sequence[Thing], colours: Sequence[int]) -> Thing:
+    """A thing of this kind and size somewhere; often close to one that is there already, and then of another colour."""
     stretch = 16 - dice.below(6) if dice.below(2) else 16
-    angle, kind = dice.below(TURN), 1 + dice.below(len(CLASS_NAMES))
-    colour = colours[dice.below(len(colours))]
-    look = {"colour": colour, "rim": dice.below(3), "finish": int(dice.below(4) == 0)}
+    colour = dice.below(len(colours))
     x, y = dice.below(UNIT), dice.below(UNIT)
     if placed and dice.below(100) < 42:
         anchor = placed[dice.below(len(placed))]
         cos, sin = _TURNS[dice.below(TURN)]
         reach = (anchor.size + size) * dice.between(30, 85) // 200
         x, y = anchor.x + (reach * cos >> 14), anchor.y + (reach * sin >> 14)
-    return Thing(kind, x, y, size, angle, stretch, group=0, **look)
+        colour = (colour + (colours[colour] == anchor.colour)) % len(colours)
+    angle, rim, finish = dice.below(TURN), dice.below(3), int(dice.below(4) == 0)
+    return Thing(kind, x, y, size, angle, stretch, colours[colour], rim, finish)
 
 
 def _fits(thing: Thing, height: int, width: int) -> bool:
@@ -528,7 +528,7 @@ def make_scene(split: str, index: int, aspect: tuple[int, int] = (1, 1)) -> Scen
     things = _compose(dice, count, crowd, colours, height, width)
     return Scene(split, index, background, texture, texture_angle, tuple(things))
 
-# %% ../nbs/scenes.ipynb #79ca5880
+# %% ../nbs/scenes.ipynb #7c0d52b0
 _SIZES = [(81 + 118 * i // 63) ** 2 for i in range(64)]  # 10 to 60 percent of 65536; their square roots are evenly spread
 
 
@@ -539,8 +539,9 @@ def _compose(dice: _Dice, count: int, crowd: list[Thing], colours: Sequence[int]
     things, full = list(crowd), [patch.mask(height, width) for patch in _cover_all(crowd, height, width)]
     visible = _visible(full)
     for size in sizes:
+        kind = 1 + dice.below(len(CLASS_NAMES))
         for _ in range(12):
-            thing = _propose(dice, size, [t for t in things if not t.group], colours)
+            thing = _propose(dice, kind, size, [t for t in things if not t.group], colours)
             if not _fits(thing, height, width):
                 continue
             mask = _cover(_place(thing, height, width), height, width).mask(height, width)
