@@ -1,6 +1,7 @@
 """The loss: equal to the reference, to PyTorch's own, to one process when there are two, and to the big batch when it is cut."""
 
 import math
+import multiprocessing
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_every_loss_of_every_layer_equals_the_reference(golden, recipe, name, co
     expected = {key.removeprefix("loss/"): value for key, value in arrays.items() if key.startswith("loss/")}
     assert set(losses) | {"total"} == set(expected)
     for key, value in (losses | {"total": criterion.total(losses)}).items():
-        assert value.dtype == torch.float32 and float(value) == pytest.approx(float(expected[key]), abs=1e-4), key
+        assert value.dtype == torch.float32 and value.item() == pytest.approx(float(expected[key]), abs=1e-4), key
 
 
 # --- against PyTorch, by hand ---------------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ def test_names_and_what_is_trained_on():
 def test_without_any_box_gradients_of_the_box_head_are_zero_and_not_missing():
     model, criterion = ToyHead(), build_criterion(K, 2)
     losses = criterion(model(random_features(0, 2)), random_targets(0, [0, 0]))
-    assert float(losses["loss_bbox"]) == float(losses["loss_giou"]) == float(losses["class_error"]) == 0
+    assert all(losses[name].item() == 0 for name in ("loss_bbox", "loss_giou", "class_error"))
     grads = gradients(model, criterion.total(losses))
     assert all(grad.isfinite().all() for grad in grads.values())
     assert not grads["bbox_embed.weight"].any() and not grads["bbox_embed.bias"].any()
@@ -208,7 +209,7 @@ def test_half_precision_outputs_give_float32_losses():
 
 def test_no_weight_at_all_is_zero_and_not_nan():
     losses = build_criterion(K, 2, eos_coef=0)(ToyHead()(random_features(0, 1)), random_targets(0, [0]))
-    assert float(losses["loss_ce"]) == 0
+    assert losses["loss_ce"].item() == 0
 
 
 # --- steps that are cut into pieces ---------------------------------------------------------------------------------
@@ -255,7 +256,10 @@ def train_on_two_ranks(rank, store, results):
 
 def test_two_ranks_equal_one_process(tmp_path):
     results = tmp_path / "gradients.pt"
-    torch.multiprocessing.spawn(train_on_two_ranks, args=(tmp_path / "store", results), nprocs=2)
+    # A fork server imports torch and the package once for both processes.
+    multiprocessing.set_forkserver_preload(["annotated_detr.loss"])
+    arguments = (tmp_path / "store", results)
+    torch.multiprocessing.start_processes(train_on_two_ranks, arguments, nprocs=2, start_method="forkserver")
     averaged = torch.load(results, weights_only=True)
     for case, counts in COUNTS.items():
         model, criterion = ToyHead(), build_criterion(K, 2)
