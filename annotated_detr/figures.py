@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['Number', 'Picture', 'INK', 'PALETTE', 'ACCENT', 'QUIET', 'STYLE', 'styled', 'WIDTH', 'PIXELS_PER_POINT', 'MEAN',
-           'STD', 'MAP', 'SUBSCRIPTS', 'PARTS', 'Numbering', 'chapter', 'Shown', 'show', 'subplots', 'pixels',
-           'picture', 'boxes', 'luminance', 'draw_boxes', 'layers', 'batch', 'maps', 'overlay', 'letters_of', 'flow',
-           'matrix', 'ledger', 'curves', 'bars', 'histogram', 'detr_map']
+           'STD', 'MAP', 'SUBSCRIPTS', 'STACKED', 'COLORS', 'Named', 'PARTS', 'PLACES', 'Numbering', 'chapter', 'Shown',
+           'show', 'subplots', 'pixels', 'picture', 'boxes', 'luminance', 'draw_boxes', 'layers', 'batch', 'maps',
+           'overlay', 'letters_of', 'flow', 'matrix', 'ledger', 'curves', 'bars', 'histogram', 'detr_map']
 
-# %% ../nbs/figures.ipynb #15254fe8
+# %% ../nbs/figures.ipynb #b7e5bdae
 """Figures of the book, drawn from real tensors: whatever number a figure prints was read from a tensor."""
 
 import base64
@@ -15,6 +15,7 @@ import io
 import math
 import re
 import sys
+import textwrap
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -143,11 +144,13 @@ def show(fig: Figure, label: str, caption: str, alt: str) -> Shown:
         sys.modules["matplotlib.pyplot"].close(fig)
     return Shown(label, _numbering.of(label), " ".join(caption.split()), " ".join(alt.split()), svg)
 
-# %% ../nbs/figures.ipynb #c4bfb15a
+# %% ../nbs/figures.ipynb #b5f3abb2
 def _to_svg(fig: Figure, label: str, alt: str) -> str:
     """Save the figure as SVG and tidy it: own ids, page ink, compressed pixels, no style that leaks into the page."""
+    fig.draw_without_rendering()  # settles the layout
     for image in fig.findobj(AxesImage):
-        image.set_interpolation("none")  # embed the pixels as they are; _compress scales them
+        image.set_interpolation("none")  # embed the pixels as they are
+        _shrink(image)
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": label, "svg.fonttype": "path", "image.composite_image": False}):
         fig.savefig(
@@ -165,6 +168,8 @@ def _to_svg(fig: Figure, label: str, alt: str) -> str:
     _drop(root, "style")  # Matplotlib's rule addresses every element of the page
     for image in root.iter("image"):
         _compress(image)
+    for path in root.iter("path"):
+        path.set("d", re.sub(r"(\.\d\d)\d+", r"\1", " ".join(path.get("d", "").split())))
     width = float(root.get("viewBox").split()[2])
     root.attrib = {
         "xmlns": "http://www.w3.org/2000/svg",
@@ -192,6 +197,16 @@ def _with_own_ids(svg: str, label: str) -> str:
     return re.sub(r'(href="|url\()#', rf"\1#{label}-", svg)
 
 
+def _shrink(image: AxesImage) -> None:
+    """Give a photograph no more than two pixels for one on the screen."""
+    array, extent = image.get_array(), image.get_extent()
+    room = image.get_window_extent().width / image.figure.dpi * 72 * PIXELS_PER_POINT
+    if array.ndim == 3 and array.dtype == np.uint8 and array.shape[1] > 2 * room:
+        size = (round(2 * room), round(2 * room * array.shape[0] / array.shape[1]))
+        image.set_data(np.asarray(Image.fromarray(np.asarray(array)).resize(size, Image.Resampling.LANCZOS)))
+        image.set_extent(extent)
+
+
 def _compress(image: ElementTree.Element) -> None:
     """Replace an embedded PNG by the smallest picture that looks the same at twice the size on screen."""
     pixels = Image.open(io.BytesIO(base64.b64decode(image.get("href").split(",", 1)[1]))).convert("RGBA")
@@ -210,18 +225,16 @@ def _compress(image: ElementTree.Element) -> None:
 
 
 def _data_url(pixels: Image.Image) -> str:
-    """Encode as PNG (few colours, or transparency) or JPEG (photographs), whichever is smaller."""
-    few = pixels.getcolors(256) is not None
-    encoded = []
+    """Encode a map (few colours) or a transparent picture as PNG, a photograph as JPEG."""
     buffer = io.BytesIO()
-    (pixels.quantize(256) if few and pixels.mode == "RGB" else pixels).save(buffer, "PNG", optimize=True)
-    encoded.append(("png", buffer.getvalue()))
-    if not few and pixels.mode == "RGB":
-        buffer = io.BytesIO()
+    few = pixels.getcolors(256) is not None
+    if few or pixels.mode == "RGBA":
+        kind = "png"
+        (pixels.quantize(256) if pixels.mode == "RGB" else pixels).save(buffer, "PNG", optimize=True)
+    else:
+        kind = "jpeg"
         pixels.save(buffer, "JPEG", quality=85, optimize=True)
-        encoded.append(("jpeg", buffer.getvalue()))
-    kind, content = min(encoded, key=lambda pair: len(pair[1]))
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 # %% ../nbs/figures.ipynb #6b4a1aa1
 @styled
@@ -254,7 +267,7 @@ def _arrow(ax: Axes, start: tuple[Number, Number], end: tuple[Number, Number], c
     ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>,head_length=.35,head_width=.16", "color": color, "lw": 1.0,
                                             "shrinkA": 0, "shrinkB": 0, **options})
 
-# %% ../nbs/figures.ipynb #3da66827
+# %% ../nbs/figures.ipynb #16605c68
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, which every picture of the book is normalised with
 STD = (0.229, 0.224, 0.225)
 
@@ -313,12 +326,23 @@ def boxes(
         corners = box_convert(corners, "cxcywh", "xyxy") * torch.tensor([width, height, width, height])
     colors = _box_colors(len(boxes), labels, color)
     for i, (x0, y0, x1, y1) in enumerate(corners.tolist()):
-        halo = [Stroke(linewidth=3.4, foreground="#111111", alpha=0.55), Normal()]
+        halo = [Stroke(linewidth=3.6, foreground="#ffffff", alpha=0.8), Normal()]
         ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=colors[i], lw=1.9, path_effects=halo))
         if labels is not None:
-            ax.text(x0, y0, labels[i], color=_on(colors[i]), fontsize=8, va="bottom", ha="left", clip_on=False,
-                    bbox={"boxstyle": "square,pad=.15", "fc": colors[i], "ec": "none"})
+            _tag(ax, (x0, y0, x1, y1), labels[i], colors[i])
     return ax
+
+
+def _tag(ax: Axes, box: tuple[Number, Number, Number, Number], text: str, color: str) -> None:
+    """Write a label on a coloured tag above the box, or inside it where there is no room."""
+    (left, right), (bottom, top) = sorted(ax.get_xlim()), ax.get_ylim()
+    inside = box[1] - top < 0.08 * (bottom - top)
+    at_right = box[0] > left + 0.72 * (right - left)
+    ax.annotate(
+        text, (box[2] if at_right else box[0], max(top, box[1])), (-0.6 if at_right else 0.6, -2.4 if inside else 2.4),
+        textcoords="offset points", color=_on(color), fontsize=8, ha="right" if at_right else "left",
+        va="top" if inside else "bottom", bbox={"boxstyle": "square,pad=.18", "fc": color, "ec": "none"},
+    )  # fmt: skip
 
 
 def _picture_size(ax: Axes) -> tuple[Number, Number]:
@@ -411,7 +435,7 @@ def _grid(n: int, columns: int, aspect: Number, titled: bool) -> tuple[Figure, l
         ax.remove()
     return fig, axes[:n]
 
-# %% ../nbs/figures.ipynb #dbc00c47
+# %% ../nbs/figures.ipynb #6bafe9dd
 @styled
 def batch(
     tensors: Float[Tensor, "B 3 H0 W0"],
@@ -431,7 +455,10 @@ def batch(
         h, w = (~mask[i, :, 0]).sum().item(), (~mask[i, 0, :]).sum().item()
         picture(ax, tensors[i, :, :h, :w])
         for xy, width, height in (((w, 0), full[1] - w, h), ((0, h), full[1], full[0] - h)):
-            ax.add_patch(Rectangle(xy, width, height, fc=_tint(QUIET), ec=QUIET, hatch="////", lw=0))
+            ax.add_patch(Rectangle(xy, width, height, fc=_tint(QUIET), lw=0))
+            ax.add_patch(Rectangle(xy, width, height, fill=False, ec=QUIET, hatch="////", lw=0))
+            if width > 0.12 * full[1] and height > 0.12 * full[0]:
+                ax.text(xy[0] + width / 2, xy[1] + height / 2, "padding", ha="center", va="center", rotation=90 if height > width else 0)
         ax.add_patch(Rectangle((0, 0), full[1], full[0], fill=False, ec=INK, lw=1, clip_on=False))
         if boxes_of_pictures is not None:
             boxes(ax, boxes_of_pictures[i], None, "cxcywh")
@@ -441,7 +468,7 @@ def batch(
         ax.text(-full[1] * 0.02, full[0] / 2, f"H₀ = {full[0]}", ha="right", va="center", rotation=90)
     return fig
 
-# %% ../nbs/figures.ipynb #486467bb
+# %% ../nbs/figures.ipynb #157ace6c
 #: Dark to light in every kind of sight, and in greyscale.
 MAP = "viridis"
 
@@ -462,13 +489,17 @@ def maps(
         limits: values of the darkest and the lightest colour; by default the smallest and the largest of all maps.
     """
     values = maps.detach().float().cpu().numpy()
-    low, high = limits or (values.min(), values.max())
-    fig, axes = _grid(len(values), columns, values.shape[1] / values.shape[2], titled=titles is not None)
+    low, high = limits or (float(values.min()), float(values.max()))
+    fig, axes = _grid(len(values), columns, 0.9 * values.shape[1] / values.shape[2], titled=titles is not None)
     for i, ax in enumerate(axes):
         drawn = ax.imshow(values[i], vmin=low, vmax=high, cmap=MAP, interpolation="none")
         ax.axis("off")
         if titles is not None:
             ax.set_title(titles[i])
+    scale = fig.colorbar(drawn, ax=axes, fraction=0.04, pad=0.015, aspect=26)
+    scale.solids.remove()  # 256 small polygons: one column of pixels does
+    scale.ax.imshow(np.linspace(high, low, 256)[:, None], extent=(0, 1, low, high), cmap=MAP, aspect="auto", interpolation="none")
+    scale.outline.set_visible(False)
     return fig
 
 
@@ -499,7 +530,7 @@ def overlay(
                                fill=False, ec=ACCENT, lw=2))
     return ax
 
-# %% ../nbs/figures.ipynb #f5cd1248
+# %% ../nbs/figures.ipynb #3dd26a7a
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
@@ -527,36 +558,185 @@ def letters_of(name: str, tensor: Shaped[Tensor, "..."], letters: str, known: di
                 f"{letter} is {known[letter]} earlier in this figure, but axis {axis} of {name!r} makes it {size - int(added or 0)}:"
                 " one letter keeps one size within a figure."
             )
-    return [(word if word.isdigit() else word.translate(SUBSCRIPTS), size) for word, size in zip(words, shape)]
+    return [(_subscripted(word), size) for word, size in zip(words, shape)]
+
+
+def _subscripted(word: str) -> str:
+    """"H0" as H₀; numbers that stand alone or behind a plus stay as they are."""
+    return re.sub(r"(?<=[A-Za-z])\d+", lambda digits: digits[0].translate(SUBSCRIPTS), word)
+
+
+#: Axes that repeat a thing: they are drawn as copies behind each other.
+STACKED = ("B", "L", "M")
+#: What a tensor is made of decides its colour: the first of these letters that it has.
+COLORS = {"N": PALETTE["pink"], "d": PALETTE["green"], "C": PALETTE["blue"], "3": PALETTE["gold"]}
+
+
+def _solid(ax: Axes, x: Number, y: Number, item: "_Solid") -> None:
+    """Draw a tensor centred at (x, y): a solid, sheet or bar whose edges grow with the logarithm of the sizes."""
+    color = next((COLORS[letter] for letter in COLORS if letter in item.words), PALETTE["blue"])
+    copies, (depth, height, width) = _proportions(item.words, item.sizes)
+    shift = np.array((depth * 0.40, depth * 0.26))
+    step = np.array((7.0, 5.0))
+    corner = np.array((x, y)) - (np.array((width, height)) + shift + step * (copies - 1)) / 2
+    for copy in reversed(range(copies)):
+        low = corner + step * copy
+        right, up = np.array((width, 0)), np.array((0, height))
+        faces = {
+            0.30: [low, low + right, low + right + up, low + up],
+            0.18: [low + up, low + right + up, low + right + up + shift, low + up + shift],
+            0.44: [low + right, low + right + shift, low + right + up + shift, low + right + up],
+        }
+        for alpha, corners in faces.items():
+            if alpha == 0.30 or depth:
+                ax.add_patch(Polygon(corners, fc=_tint(color, alpha / (1 + copy)), ec=to_rgba(color, 1 if copy == 0 else 0.6), lw=1.0))
+
+
+def _proportions(words: Sequence[str], sizes: Sequence[int]) -> tuple[int, tuple[Number, Number, Number]]:
+    """Copies, and depth, height and width in points, of the solid for a tensor."""
+    solid = [i for i, word in enumerate(words) if word not in STACKED][-3:]
+    stacked = [i for i in range(len(words)) if i not in solid]
+    copies = min(4, math.prod(sizes[i] for i in stacked))
+    edges = [7 + 4.2 * math.log2(max(1, sizes[i])) for i in solid]
+    width = edges[-1] if edges else 10
+    height = edges[-2] if len(edges) > 1 else 10
+    return copies, (edges[-3] if len(edges) > 2 else 0, height, width)
+
+
+def _sizes(ax: Axes, x: Number, y: Number, pairs: Sequence[tuple[str, int]], pitch: Number) -> None:
+    """Print each letter with its size below it, from x to the right, letters on the line y."""
+    for i, (letter, size) in enumerate(pairs):
+        ax.text(x + pitch * i, y, letter, ha="center", va="baseline", style="italic", fontsize=10)
+        ax.text(x + pitch * i, y - 13, str(size), ha="center", va="baseline", fontsize=9)
+
+
+#: A tensor to draw: its name, itself, and one letter per axis.
+Named = tuple[str, Shaped[Tensor, "..."], str]
+
+
+@dataclass(frozen=True)
+class _Solid:
+    """A tensor of a flow whose letters have been checked."""
+
+    name: str
+    words: list[str]
+    pairs: list[tuple[str, int]]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [size for _, size in self.pairs]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """An arrow of a flow: its label, and the tensors that come in from the side."""
+
+    label: str
+    inputs: list[_Solid]
 
 
 @styled
-def flow(steps: Sequence[str | tuple[str, Shaped[Tensor, "..."], str]]) -> Figure:
+def flow(steps: Sequence[str | Named | tuple[str, Named] | tuple[str, Named, Named]], across: bool | None = None) -> Figure:
     """Draw tensors as solids with their letters and true sizes, and the layers between them as arrows.
 
     Args:
-        steps: from top to bottom, `("features", f, "B C H W")` for a tensor and `"ResNet-50"` for a layer.
+        steps: in order, `("features", f, "B C H W")` for a tensor, `"ResNet-50"` for a layer, and
+            `("add", ("positions", p, "B S d"))` for a layer that also takes one or two tensors from the side.
+        across: from left to right instead of from top to bottom; by default when there is room.
+
+    Raises:
+        ValueError: if a tensor's letters are not true (see `letters_of`).
     """
     known: dict[str, int] = {}
-    heights = [20 if isinstance(step, str) else 70 for step in steps]
-    fig, ax = _canvas(360, sum(heights) + 10)
-    y = sum(heights) + 5
-    for step, height in zip(steps, heights):
-        y -= height
-        if isinstance(step, str):
-            _arrow(ax, (70, y + height + 2), (70, y - 2))
-            ax.text(80, y + height / 2, step, va="center", style="italic")
-            continue
-        name, tensor, letters = step
-        pairs = letters_of(name, tensor, letters, known)
-        ax.add_patch(Rectangle((40, y + 10), 60, 50, fc=_tint(PALETTE["blue"]), ec=PALETTE["blue"]))
-        ax.text(150, y + 50, name, va="center", weight="bold")
-        for i, (letter, size) in enumerate(pairs):
-            ax.text(165 + 40 * i, y + 34, letter, ha="center", va="center", style="italic")
-            ax.text(165 + 40 * i, y + 18, str(size), ha="center", va="center")
+    items = [_item(step, known) for step in steps]
+    widths = [_item_width(item) for item in items]
+    sided = any(isinstance(item, _Layer) and item.inputs for item in items)
+    if not sided and (across or (across is None and sum(widths) <= 72 * WIDTH)):
+        return _flow_across(items, widths)
+    return _flow_down(items)
+
+
+def _item(step: str | tuple, known: dict[str, int]) -> _Solid | _Layer:
+    """Read one step of a flow and check its letters."""
+    if isinstance(step, str):
+        return _Layer(step, [])
+    if len(step) == 3 and isinstance(step[1], Tensor):
+        return _Solid(step[0], step[2].split(), letters_of(*step, known))
+    return _Layer(step[0], [_item(side, known) for side in step[1:]])
+
+
+def _item_width(item: _Solid | _Layer) -> Number:
+    """Room in points for an item of a flow from left to right."""
+    if isinstance(item, _Layer):
+        return max(36, 5.4 * max(len(line) for line in _wrap(item.label).split("\n")) + 8)
+    return max(64, 33 * len(item.pairs), 6.5 * len(item.name))
+
+
+def _wrap(label: str) -> str:
+    """Break a label into lines of about 14 letters."""
+    return label if "\n" in label else textwrap.fill(label, 14, break_long_words=False)
+
+
+def _flow_across(items: Sequence[_Solid | _Layer], widths: Sequence[Number]) -> Figure:
+    """The flow from left to right: solids above their names and sizes."""
+    tallest = max([50] + [_solid_height(item) for item in items if isinstance(item, _Solid)])
+    fig, ax = _canvas(sum(widths), tallest + 46)
+    x, middle = 0.0, 44 + tallest / 2
+    for item, width in zip(items, widths):
+        if isinstance(item, _Layer):
+            _arrow(ax, (x + 3, middle), (x + width - 3, middle))
+            ax.text(x + width / 2, middle + 5, _wrap(item.label), ha="center", va="bottom", fontsize=8.5, linespacing=1.1)
+        else:
+            _solid(ax, x + width / 2, middle, item)
+            ax.text(x + width / 2, 34, item.name, ha="center", va="baseline", weight="bold")
+            _sizes(ax, x + width / 2 - 16.5 * (len(item.pairs) - 1), 18, item.pairs, 33)
+        x += width
     return fig
 
-# %% ../nbs/figures.ipynb #0c4c43f6
+
+def _flow_down(items: Sequence[_Solid | _Layer]) -> Figure:
+    """The flow from top to bottom: solids on the left, names and sizes on the right."""
+    heights = [_item_height(item) for item in items]
+    fig, ax = _canvas(330, sum(heights))
+    y = sum(heights)
+    for item, height in zip(items, heights):
+        if isinstance(item, _Solid):
+            _solid(ax, 60, y - height / 2, item)
+            ax.text(138, y - height / 2 + 13, item.name, va="baseline", weight="bold", fontsize=9.5)
+            _sizes(ax, 152, y - height / 2 - 4, item.pairs, 44)
+        else:
+            _layer_down(ax, y, height, item)
+        y -= height
+    return fig
+
+
+def _layer_down(ax: Axes, y: Number, height: Number, layer: _Layer) -> None:
+    """An arrow from y downwards; what comes in from the side joins it below the label."""
+    _arrow(ax, (60, y - 1), (60, y - height + 1))
+    ax.text(72, y - 13, layer.label, va="center")
+    y -= 26
+    for side in layer.inputs:
+        room = _solid_height(side)
+        _arrow(ax, (120, y - room / 2), (62, y - room / 2))
+        _solid(ax, 152, y - room / 2, side)
+        ax.text(206, y - room / 2 + 11, side.name, va="baseline", weight="bold")
+        _sizes(ax, 214, y - room / 2 - 6, side.pairs, 33)
+        y -= room
+
+
+def _item_height(item: _Solid | _Layer) -> Number:
+    """Room in points for an item of a flow from top to bottom."""
+    if isinstance(item, _Layer):
+        return 26 + sum(_solid_height(side) for side in item.inputs)
+    return _solid_height(item)
+
+
+def _solid_height(item: _Solid) -> Number:
+    """Room in points for a solid."""
+    copies, (depth, height, _) = _proportions(item.words, item.sizes)
+    return max(48, height + 0.26 * depth + 5 * (copies - 1) + 10)
+
+# %% ../nbs/figures.ipynb #b2d106f6
 @styled
 def matrix(
     values: Num[Tensor, "r c"],
@@ -610,9 +790,12 @@ def ledger(losses: Mapping[str, Number | Tensor], weights: Mapping[str, Number])
     for i, (name, value, part) in enumerate(zip(names, values, parts)):
         ax.barh(i, part, left=start, color=list(PALETTE.values())[i % 5])
         start += part
+        ax.annotate(f"{part:.3f}", (start, i), (4, 0), textcoords="offset points", va="center")
+    ax.margins(x=0.1)
+    ax.set_xlim(left=min(0.0, ax.get_xlim()[0]) if min(parts) < 0 else 0.0)
     ax.set_yticks(range(len(names)), [f"{n}  {v:.3f} × {float(weights[n]):g}" for n, v in zip(names, values)])
     ax.invert_yaxis()
-    ax.set_xlabel(f"total {start:.3f}")
+    ax.set_xlabel(f"value × weight; the total is {start:.3f}")
     return fig
 
 
@@ -629,6 +812,7 @@ def curves(
     for name, (x, y) in series.items():
         ax.plot(_plain(x), _plain(y), label=name, drawstyle="steps-post" if step else "default")
     ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(axis="y", color=QUIET, alpha=0.3, lw=0.6, ls="-")
     if len(series) > 1:
         ax.legend()
     return fig
@@ -659,11 +843,19 @@ def _plain(values: Sequence[Number] | Num[Tensor, "n"] | np.ndarray) -> np.ndarr
     """Numbers as an array, wherever they come from."""
     return values.detach().float().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, dtype=float)
 
-# %% ../nbs/figures.ipynb #749ac2a9
+# %% ../nbs/figures.ipynb #f168beeb
 #: The parts of the map and the chapters that build them.
 PARTS = {
     "data": 1, "batch": 2, "backbone": 3, "position": 4, "encoder": 5, "decoder": 5, "heads": 6,
     "matcher": 7, "loss": 8, "evaluation": 9, "training": 10, "inference": 11,
+}  # fmt: skip
+
+
+#: Where each part stands on the map: column from 0 to 5, row from the top.
+PLACES = {
+    "data": (0, 0), "batch": (1, 0), "backbone": (2, 0), "encoder": (3, 0), "decoder": (4, 0), "heads": (5, 0),
+    "position": (2, 1),
+    "training": (1, 2), "loss": (2, 2), "matcher": (3, 2), "evaluation": (4, 2), "inference": (5, 2),
 }  # fmt: skip
 
 
@@ -673,7 +865,7 @@ def detr_map(lit: str | Sequence[str] | None = None, shapes: Mapping[str, Shaped
 
     Args:
         lit: one of `PARTS`, several of them, or None.
-        shapes: tensors that leave a part, by the part's name: their sizes are printed below it.
+        shapes: tensors that leave a part, by the part's name: their sizes are printed beside it.
 
     Raises:
         ValueError: if a part is not on the map.
@@ -682,12 +874,105 @@ def detr_map(lit: str | Sequence[str] | None = None, shapes: Mapping[str, Shaped
     for part in [*lit, *(shapes or {})]:
         if part not in PARTS:
             raise ValueError(f"{part!r} is not on the map of DETR; its parts are {', '.join(PARTS)}.")
-    fig, ax = _canvas(403, 120)
-    for i, part in enumerate(PARTS):
-        x, y = 34 + (i % 6) * 67, 90 - 60 * (i // 6)
-        color = ACCENT if part in lit else QUIET
-        ax.add_patch(FancyBboxPatch((x - 26, y - 14), 52, 28, boxstyle="round,pad=2", fc=_tint(color), ec=color))
-        ax.text(x, y, part, ha="center", va="center", fontsize=8.5)
-        if i % 6 < 5:
-            _arrow(ax, (x + 28, y), (x + 39, y))
+    fig, ax = _canvas(404, 218 if shapes else 208)
+    _map_lines(ax)
+    for part in PARTS:
+        _map_part(ax, part, part in lit)
+    for part, tensor in (shapes or {}).items():
+        x, y = _map_place(part)
+        above = PLACES[part][1] == 0
+        ax.text(x, y + (28 if above else -28), "×".join(map(str, tensor.shape)), ha="center",
+                va="bottom" if above else "top", fontsize=7.5)
     return fig
+
+
+def _map_place(part: str) -> tuple[Number, Number]:
+    """The centre of a part, in points."""
+    column, row = PLACES[part]
+    return 31 + 68.4 * column, (181, 112, 26)[row]
+
+
+def _map_part(ax: Axes, part: str, lit: bool) -> None:
+    """Draw one part: a tile with its chapter, an emblem and its name."""
+    x, y = _map_place(part)
+    color = ACCENT if lit else QUIET
+    ax.add_patch(FancyBboxPatch((x - 26, y - 22), 52, 44, boxstyle="round,pad=3,rounding_size=6", ec=color,
+                                fc=_tint(color, 0.24 if lit else 0.07), lw=2.2 if lit else 0.9))
+    ax.text(x - 25.5, y + 22, str(PARTS[part]), fontsize=7.5, va="top", alpha=1 if lit else 0.65)
+    ax.text(x, y - 20.5, part, ha="center", va="baseline", fontsize=9.2 if part != "evaluation" else 8.8,
+            weight="bold" if lit and len(part) < 9 else "normal")
+    for points, style in _emblem(part):
+        line = np.array(points) * (34, 21) + (x - 14, y - 8)
+        if style == "fill":
+            ax.add_patch(Polygon(line, closed=True, fc=_tint(color, 0.6), ec=color, lw=0.9))
+        elif style == "dot":
+            ax.plot(*line.T, "o", ms=3.6, color=color)
+        else:
+            ax.plot(*line.T, color=color, lw=1.3 if style == "line" else 0.7, ls="-", solid_capstyle="round")
+
+
+def _box(x0: Number, y0: Number, x1: Number, y1: Number) -> list[tuple[Number, Number]]:
+    """The closed outline of a rectangle."""
+    return [(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)]
+
+
+def _emblem(part: str) -> list[tuple[list[tuple[Number, Number]], str]]:
+    """The strokes that stand for a part, in a unit square: (points, "line" | "thin" | "fill" | "dot")."""
+    frame = (_box(0.1, 0, 0.9, 1), "line")
+    wave = np.linspace(0, 1, 40)
+    pairs = [((0.15, 0.9), (0.85, 0.5)), ((0.15, 0.5), (0.85, 0.1)), ((0.15, 0.1), (0.85, 0.9))]
+    tokens = [(_box(0.02 + 0.2 * i, 0.0, 0.16 + 0.2 * i, 0.24), "fill") for i in range(5)]
+    return {
+        "data": [frame, (_box(0.2, 0.2, 0.5, 0.75), "fill"), (_box(0.6, 0.4, 0.8, 0.8), "fill")],
+        "batch": [(_box(0.22, 0.2, 1, 1), "thin"), (_box(0, 0, 0.78, 0.8), "line"), (_box(0, 0.3, 0.5, 0.8), "fill")],
+        "backbone": [(_box(0, 0, 0.1, 1), "fill"), (_box(0.2, 0.12, 0.36, 0.88), "fill"), (_box(0.48, 0.28, 0.96, 0.72), "fill")],
+        "position": [
+            (list(zip(wave, 0.5 + 0.42 * np.sin(2 * np.pi * wave))), "line"),
+            (list(zip(wave, 0.5 + 0.42 * np.sin(6 * np.pi * wave))), "thin"),
+        ],
+        "encoder": tokens + [(_arc(0.09 + 0.2 * i, 0.09 + 0.2 * j), "thin") for i, j in ((0, 2), (0, 4), (1, 3), (2, 4))],
+        "decoder": tokens
+        + [([(0.2 + 0.3 * i, 0.9), (0.09 + 0.2 * j, 0.26)], "thin") for i, j in ((0, 0), (0, 1), (1, 2), (1, 3), (2, 3), (2, 4))]
+        + [([(0.2 + 0.3 * i, 0.92)], "dot") for i in range(3)],
+        "heads": [(_box(0, 0.74 - 0.37 * i, w, 1 - 0.37 * i), "fill") for i, w in enumerate((0.42, 0.2, 0.3))]
+        + [(_box(0.6, 0.1, 1, 0.9), "line")],
+        "matcher": [(list(pair), "thin") for pair in pairs] + [([end], "dot") for pair in pairs for end in pair],
+        "loss": [(_box(0.08 + 0.3 * i, 0, 0.28 + 0.3 * i, h), "fill") for i, h in enumerate((1, 0.62, 0.35))],
+        "evaluation": [([(0, 1), (0, 0), (1, 0)], "thin"), ([(0, 0.9), (0.35, 0.9), (0.35, 0.7), (0.65, 0.7), (0.65, 0.4), (0.9, 0.4), (0.9, 0)], "line")],
+        "training": [([(0, 1), (0, 0), (1, 0)], "thin"), (list(zip(wave, 0.12 + 0.8 * np.exp(-4 * wave))), "line")],
+        "inference": [frame, (_box(0.28, 0.16, 0.72, 0.6), "line"), (_box(0.28, 0.6, 0.56, 0.8), "fill")],
+    }[part]
+
+
+def _arc(start: Number, end: Number) -> list[tuple[Number, Number]]:
+    """Half an ellipse above the tokens from start to end."""
+    turn = np.linspace(np.pi, 0, 20)
+    radius = (end - start) / 2
+    return list(zip((start + end) / 2 + radius * np.cos(turn), 0.26 + 0.9 * radius * 2 * np.sin(turn)))
+
+
+def _map_lines(ax: Axes) -> None:
+    """Draw what flows between the parts of the map."""
+    at = {part: _map_place(part) for part in PARTS}
+    for start, end in (("data", "batch"), ("batch", "backbone"), ("backbone", "encoder"), ("encoder", "decoder"), ("decoder", "heads"),
+                       ("matcher", "loss"), ("loss", "training")):
+        (x0, y0), (x1, _) = at[start], at[end]
+        side = math.copysign(29.5, x1 - x0)
+        _arrow(ax, (x0 + side, y0), (x1 - side, y0))
+    bus = 70
+    top = 181 - 25.5
+    for name in ("encoder", "decoder"):  # positions go into both
+        x = at[name][0] - (14 if name == "decoder" else 0)
+        ax.plot([at["position"][0] + 29.5, x, x], [112, 112, 125], "-", color=INK, lw=1)
+        _arrow(ax, (x, 120), (x, top))
+    x = at["decoder"][0] + 12
+    ax.text(x, 115, "object\nqueries", ha="center", va="center", fontsize=9, style="italic", linespacing=1.1)
+    _arrow(ax, (x, 129), (x, top))
+    for name, word, landing in (("data", "targets", -9), ("heads", "set of\nboxes", 9)):  # both meet in the matcher
+        x, goal = at[name][0], at["matcher"][0] + landing
+        ax.plot([x, x], [top, 128], "-", color=INK, lw=1)
+        ax.text(x, 115, word, ha="center", va="center", fontsize=9, style="italic", linespacing=1.1)
+        ax.plot([x, x, goal, goal], [102, bus, bus, 62], "-", color=INK, lw=1)
+        _arrow(ax, (goal, 64), (goal, 51.5))
+    for name in ("evaluation", "inference"):
+        _arrow(ax, (at[name][0], bus), (at[name][0], 51.5))
