@@ -36,8 +36,8 @@ _EXPORTS = {
     "loss": ["SetCriterion", "build_criterion"],
     "evaluation": ["evaluate", "Scores"],
     "training": ["TrainConfig", "Trainer", "ModelSpec", "save_model", "load_model"],
-    "inference": ["predict"],
-    "scenes": ["running_batch", "running_batch_pil", "write_coco"],
+    "inference": ["predict", "load_detector"],
+    "scenes": ["running_batch", "running_batch_pil", "coco_folder"],
     "figures": [],
     "cli": [],
 }

@@ -227,14 +227,19 @@ def drop_thebe(app, pagename, templatename, context, doctree):
     context["script_files"] = [script for script in context["script_files"] if wanted(script)]
 
 
-def label_wide_blocks(app, doctree, docname):
-    """Wrap tables so that a wide one scrolls inside itself, never the page."""
+def dress_tables(app, doctree, docname):
+    """A wide table scrolls inside itself, never the page; a head without words goes; the table that opens a chapter is a card."""
     if app.builder.format != "html":
         return
     for table in list(doctree.findall(nodes.table)):
-        if isinstance(table.parent, nodes.container) and "table-scroll" in table.parent["classes"]:
-            continue
-        box = nodes.container(classes=["table-scroll"])
+        card = table.astext().lstrip().lower().startswith("you need")
+        for head in list(table.findall(nodes.thead)):
+            if card and head.astext().strip():
+                body = next(head.parent.findall(nodes.tbody))
+                body.insert(0, head.children)
+            if card or not head.astext().strip():
+                head.parent.remove(head)
+        box = nodes.container(classes=["table-scroll", "card-table"] if card else ["table-scroll"])
         table.replace_self(box)
         box += table
 
@@ -250,7 +255,7 @@ def slim_output(app, exception):
     for page in out.rglob("*.html"):
         text = page.read_text(encoding="utf8")
         slim = re.sub(r'\s*<(?:script|link)\b[^>]*fontawesome\.js[^>]*>(?:\s*</script>)?', "", text)
-        slim = re.sub(r'\s*<link\b[^>]*sphinx-thebe[^>]*>', "", slim)
+        slim = re.sub(r'\s*<(?:link|script)\b[^>]*thebe[^>]*>(?:[^<]*</script>)?', "", slim)
         if slim != text:
             page.write_text(slim, encoding="utf8")
 
@@ -279,7 +284,7 @@ def setup(app):
     app.connect("builder-inited", copy_vendored)
     app.connect("source-read", start_clock)
     app.connect("doctree-read", say_progress)
-    app.connect("doctree-resolved", label_wide_blocks)
+    app.connect("doctree-resolved", dress_tables)
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("build-finished", slim_output, priority=900)
     app.setup_extension("sphinx.ext.autodoc")
