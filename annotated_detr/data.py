@@ -419,7 +419,7 @@ def to_model_input(image: Image.Image, target: Target | None) -> tuple[Float[Ten
         target["masks"] = target["masks"].as_subclass(Tensor)
     return pixels, target
 
-# %% ../nbs/01_data.ipynb #11d59fe6
+# %% ../nbs/01_data.ipynb #a1696cec
 class DetectionTransforms:
     """Augment a PIL picture and its target together, then make tensors of them."""
 
@@ -433,38 +433,49 @@ class DetectionTransforms:
         return to_model_input(*self.augment(image, target))
 
 
-def make_coco_transforms(image_set: str, size: int = 800, max_size: int | None = None,
-                         color_jitter: float = 0.0, vertical_flip: bool = False) -> DetectionTransforms:
+def make_coco_transforms(
+    image_set: str, size: int = 800, max_size: int | None = None,
+    color_jitter: float | int = 0.0, vertical_flip: bool = False, multi_scale: bool = True,
+) -> DetectionTransforms:
     """Build the paper's training or validation transform (Section 4, Appendix A.4).
 
     Args:
-        image_set: "train" (flip, random scale, half the time a random crop) or "val" (one fixed scale).
-        size: short side at validation and largest short side in training; every other number of the policy scales with it.
+        image_set: "train" (flip, random scale, half the time a random crop) or "val" (one scale).
+        size: short side at validation, and the largest one in training; every other number of
+            the policy scales with it.
         max_size: cap on the long side; by default 1333 at size 800, in proportion otherwise.
-        color_jitter: strength of random brightness, contrast, saturation and (a quarter of it) hue, in training only.
+        color_jitter: strength of random brightness, contrast, saturation and (a quarter of it)
+            hue, in training only.
         vertical_flip: also flip upside down half the time, in training only.
+        multi_scale: False leaves out the random scales and crops in training; the picture is
+            resized as at validation.
 
     Raises:
         ValueError: if `image_set` is neither "train" nor "val", or a number is out of range.
     """
     if image_set not in ("train", "val"):
         raise ValueError(f'image_set is {image_set!r}; choose "train" or "val".')
-    if size < 8 or color_jitter < 0:
-        raise ValueError(f"size is {size} and color_jitter {color_jitter}; size must be at least 8 and color_jitter at least 0.")
+    if size < 8 or not 0 <= color_jitter <= 1:
+        raise ValueError(f"size is {size}, color_jitter {color_jitter}; "
+                         "size must be at least 8 and color_jitter lie in 0 to 1.")
 
     def scaled(pixels: int) -> int:
         return round(pixels * size / 800)
 
     max_size = max_size or scaled(1333)
+    one_scale = ResizeShortSide([size], max_size)
     if image_set == "val":
-        return DetectionTransforms(ResizeShortSide([size], max_size))
-    resize_any = ResizeShortSide([scaled(side) for side in range(480, 801, 32)], max_size)
-    zoom_in = v2.Compose([ResizeShortSide([scaled(400), scaled(500), scaled(600)]), RandomSizeCrop(scaled(384), scaled(600)), resize_any])
-    steps = [v2.RandomHorizontalFlip(), v2.RandomChoice([resize_any, zoom_in])]
+        return DetectionTransforms(one_scale)
+    any_scale = ResizeShortSide([scaled(side) for side in range(480, 801, 32)], max_size)
+    first_scale = ResizeShortSide([scaled(400), scaled(500), scaled(600)])
+    zoom_in = v2.Compose([first_scale, RandomSizeCrop(scaled(384), scaled(600)), any_scale])
+    resizing = v2.RandomChoice([any_scale, zoom_in]) if multi_scale else one_scale
+    steps = [v2.RandomHorizontalFlip(), resizing]
     if vertical_flip:
         steps.append(v2.RandomVerticalFlip())
     if color_jitter:
-        steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter, hue=min(color_jitter / 4, 0.5)))
+        hue = min(color_jitter / 4, 0.5)
+        steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter, hue))
     return DetectionTransforms(*steps)
 
 # %% ../nbs/01_data.ipynb #454dd39d
@@ -683,7 +694,7 @@ def _check_images(report: Report, entries: list[dict]) -> dict[int, dict]:
         images[entry["id"]] = entry
     return images
 
-# %% ../nbs/01_data.ipynb #7cd99d53
+# %% ../nbs/01_data.ipynb #f414ea31
 def _picture_sizes(img_folder: str, images: dict[int, dict], progress: bool) -> dict[int, tuple[int, int] | Exception]:
     """Decode every picture, several at a time: (width, height) as shown, or what went wrong."""
     def size(entry: dict) -> tuple[int, int] | Exception:
@@ -692,9 +703,10 @@ def _picture_sizes(img_folder: str, images: dict[int, dict], progress: bool) -> 
         except (OSError, ValueError) as error:
             return error
 
+    quiet = {} if progress else {"disable": True}  # without the argument, TQDM_DISABLE decides
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")  # Pillow warns about oddities that it survives
-        found = tqdm(pool.map(size, images.values()), desc="pictures", total=len(images), disable=not progress)
+        found = tqdm(pool.map(size, images.values()), desc="pictures", total=len(images), **quiet)
         return dict(zip(images, found))
 
 

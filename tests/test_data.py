@@ -356,6 +356,18 @@ def test_colour_jitter_changes_colours_and_nothing_else():
     assert not torch.allclose(tensor, plain) and torch.equal(out["boxes"], same["boxes"])
 
 
+def test_one_scale_only_flips():
+    image, target = noise(90, 60), golden_target([[10.0, 10, 60, 60]])
+    plain = make_coco_transforms("val", 64)(image, target)[0]
+    transform = make_coco_transforms("train", 64, multi_scale=False)
+    torch.manual_seed(0)
+    seen = [transform(image, target)[0] for _ in range(12)]
+    flipped = [not torch.allclose(tensor, plain, atol=0.1) for tensor in seen]
+    assert 0 < sum(flipped) < 12
+    for tensor, flip in zip(seen, flipped):
+        assert torch.allclose(tensor.flip(-1) if flip else tensor, plain, atol=0.1)
+
+
 def test_transforms_leave_the_callers_target_alone():
     target = golden_target([[10.0, 10, 60, 60]])
     before = {key: value.clone() for key, value in target.items()}
