@@ -41,3 +41,11 @@ def bccd() -> Path:
     if not folder:
         pytest.skip("ANNOTATED_DETR_BCCD does not name the folder of blood-cell photographs")
     return Path(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory) -> Path:
+    """Scenes that a test draws go into a folder of the test run, not into the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["ANNOTATED_DETR_CACHE"] = str(folder)
+    return folder

@@ -1,0 +1,165 @@
+"""The command line: what it prints, what it writes, and that mistakes end in one sentence and an exit code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from annotated_detr import cli, scenes
+
+TINY = ["tiny", "--epochs", "2", "--batch-size", "8", "--warmup-steps", "2", "--size", "64", "--save-every", "1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return scenes.coco_folder(tmp_path_factory.mktemp("photos"), "train", 16)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, photos):
+    """A short run on a folder in COCO's format, trained through the command line."""
+    folder = tmp_path_factory.mktemp("runs") / "short"
+    images, annotations = photos
+    data = ["--images", str(images), "--annotations", str(annotations), "--val-annotations", str(annotations)]
+    cli.main(["train", str(folder), *TINY, *data])
+    return folder
+
+
+def sentence(capsys, *arguments: str) -> str:
+    """The error message of a command that fails with exit code 1, if it is one sentence without a traceback."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+    message = str(stop.value.code)
+    assert message.startswith("annotated-detr: ") and "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["resume"], ["eval"], ["predict"], ["check"], ["scenes"]])
+def test_help_ends_well(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--help"])
+    assert stop.value.code in (0, None)
+    assert "usage: annotated-detr" in capsys.readouterr().out
+
+
+def test_the_help_of_a_recipe_shows_its_own_defaults(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "run", "detr_resnet50", "--help"])
+    text = capsys.readouterr().out
+    assert "IMAGENET1K_V1" in text and "0.0001" in text and "(default: 500)" in text
+
+
+def test_a_run_scores_predicts_and_draws(run, photos, tmp_path, capsys):
+    images, annotations = photos
+    cli.main(["eval", str(run), "--images", str(images), "--annotations", str(annotations), "--out", str(tmp_path / "scores.json")])
+    assert "AP50" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert 0 <= scores["AP"] <= scores["AP50"] <= 1
+
+    cli.main(["predict", str(run), str(images), "--out", str(tmp_path / "found"), "--threshold", "0"])
+    assert "16 pictures done" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "found" / "predictions.json").read_text())
+    assert len(rows) == 16 * 16
+    names = {Path(row["file_name"]).name for row in rows}
+    assert names == {path.name for path in images.iterdir()}
+    drawn = [path for path in (tmp_path / "found").rglob("*") if path.suffix in (".png", ".jpg")]
+    assert len(drawn) == 16 and Image.open(drawn[0]).size == (128, 128)
+
+
+def test_files_that_are_there_already_are_not_overwritten(run, photos, tmp_path, capsys):
+    kept = tmp_path / "scores.json"
+    kept.write_text("mine")
+    images, annotations = photos
+    message = sentence(capsys, "eval", str(run), "--images", str(images), "--annotations", str(annotations), "--out", str(kept))
+    assert "exists already" in message and kept.read_text() == "mine"
+    assert "is not empty" in sentence(capsys, "train", str(run), *TINY)
+
+
+def test_mistakes_end_in_a_sentence(run, tmp_path, capsys):
+    assert "nowhere" in sentence(capsys, "eval", str(tmp_path / "nowhere"))
+    assert "go together" in sentence(capsys, "eval", str(run), "--images", str(tmp_path))
+    assert "no config.json" in sentence(capsys, "resume", str(tmp_path))
+    assert "never train" in sentence(capsys, "train", str(tmp_path / "new"), "detr_resnet50", "--backbone-weights", "None", "--scenes", "8", "--val-scenes", "8")
+
+
+def test_a_picture_that_cannot_be_read_does_not_stop_the_others(run, photos, tmp_path, capsys):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    good = next(photos[0].iterdir())
+    (folder / good.name).write_bytes(good.read_bytes())
+    (folder / "cut.png").write_bytes(good.read_bytes()[:300])
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["predict", str(run), str(folder), "--out", str(tmp_path / "found")])
+    assert "cut.png" in str(stop.value.code)
+    assert "1 pictures done, 0 were done before, 1 failed" in capsys.readouterr().out
+
+
+def test_check_has_an_exit_code_a_json_report_and_a_repair(photos, tmp_path, capsys):
+    images, annotations = photos
+    cli.main(["check", str(images), str(annotations)])
+    capsys.readouterr()
+    content = json.loads(annotations.read_text())
+    content["annotations"][0]["category_id"] = "1"
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["check", str(images), str(bad), "--json", "--repair", str(tmp_path / "mended")])
+    assert stop.value.code == 1
+    report = json.loads(capsys.readouterr().out)
+    assert not report["ok"] and report["findings"]
+    assert json.loads(bad.read_text()) == content, "the original stays as it is"
+    cli.main(["check", str(images), str(tmp_path / "mended" / "bad.json")])
+
+
+def test_scenes_are_written_in_cocos_format(tmp_path, capsys):
+    cli.main(["scenes", str(tmp_path / "drawn"), "--split", "val", "--count", "3"])
+    assert "3 scenes" in capsys.readouterr().out
+    files = list((tmp_path / "drawn").glob("*.json"))
+    assert len(COCO(files[0]).getImgIds()) == 3
+
+
+@pytest.fixture
+def long_run(tmp_path, photos):
+    """A run in a process of its own that would take long, once it has written its first checkpoint."""
+    images, annotations = photos
+    run = tmp_path / "long"
+    arguments = ["train", str(run), *TINY, "--epochs", "500", "--images", str(images), "--annotations", str(annotations)]
+    command = [sys.executable, "-c", "from annotated_detr.cli import main; main()", *arguments]
+    process = subprocess.Popen(command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    state = run / "checkpoints" / "state.pt"
+    deadline = time.monotonic() + 120
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert state.exists() and process.poll() is None
+    yield run, process
+    process.kill()
+    process.communicate()
+
+
+def test_ctrl_c_says_how_to_go_on(long_run):
+    run, process = long_run
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"annotated-detr resume {run}" in errors and "Traceback" not in errors
+
+
+def test_resume_after_a_kill_trains_to_the_end(long_run, capsys):
+    run, process = long_run
+    process.kill()
+    process.communicate()
+    config = json.loads((run / "config.json").read_text())
+    config["epochs"] = 2  # a shorter rest, so that the test ends
+    (run / "config.json").write_text(json.dumps(config))
+    if len((run / "metrics.jsonl").read_text()) and json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] >= 6:
+        pytest.skip("the run was past its shortened end before it could be killed")
+    cli.main(["resume", str(run)])
+    assert "done" in capsys.readouterr().out
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 6

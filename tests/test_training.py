@@ -1,0 +1,337 @@
+"""Chapter 10: a run is decided by its configuration, survives being killed, and goes on bit for bit where it stopped."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from annotated_detr import scenes, training
+from annotated_detr.detr import detr_tiny
+from annotated_detr.training import (
+    RECIPES,
+    AugmentedPictures,
+    DenseHead,
+    ModelSpec,
+    RunFolder,
+    TrainConfig,
+    TrainingOrder,
+    cell_centres,
+    dense_targets,
+    fit,
+    load_model,
+    parameter_groups,
+    rate_factor,
+    resume,
+    save_model,
+    start,
+)
+
+SMALL = TrainConfig(
+    scenes=24, val_scenes=8, size=64, epochs=2, batch_size=8, warmup_steps=3, ramp_steps=2, save_every=2, log_every=1, eval_every=1,
+    ema_decay=0.9, device="cpu",
+)
+
+
+def same_weights(one, other) -> bool:
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    trainer = start(SMALL, tmp_path_factory.mktemp("finished") / "run")
+    fit(trainer, progress=False)
+    return trainer
+
+
+# The order of the data
+
+
+@settings(deadline=None, max_examples=50)
+@given(count=st.integers(1, 40), batch_size=st.integers(1, 9), steps=st.integers(1, 30), seed=st.integers(0, 9), data=st.data())
+def test_an_order_that_starts_later_is_the_rest_of_the_whole_order(count, batch_size, steps, seed, data):
+    cut = data.draw(st.integers(0, steps))
+    whole = list(TrainingOrder(count, batch_size, steps, seed))
+    assert list(TrainingOrder(count, batch_size, steps, seed, start=cut)) == whole[cut:]
+    per_epoch = math.ceil(count / batch_size)
+    if steps >= per_epoch:
+        assert sorted(index for batch in whole[:per_epoch] for _, index in batch) == list(range(count))
+
+
+def test_epochs_and_seeds_have_different_orders():
+    first, second = (list(TrainingOrder(50, 50, 2, 0)))
+    other = list(TrainingOrder(50, 50, 1, 1))[0]
+    assert [index for _, index in first] != [index for _, index in second]
+    assert first != other
+
+
+def test_augmentation_depends_on_seed_epoch_and_picture_and_on_nothing_else(finished):
+    transforms = training.make_coco_transforms("train", size=64, color_jitter=0.5)
+    pictures = AugmentedPictures(finished.pictures, transforms, seed=0)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    once, _ = pictures[0, 3]
+    assert torch.equal(torch.get_rng_state(), before), "loading a picture must not move the random generator"
+    torch.rand(7)
+    assert torch.equal(once, pictures[0, 3][0])
+    assert not torch.equal(once, pictures[1, 3][0])
+
+
+# The dense head
+
+
+def test_dense_targets_equal_a_loop_over_cells():
+    torch.manual_seed(0)
+    mask = torch.zeros(2, 6, 8, dtype=torch.bool)
+    mask[0, :, 5:] = True
+    mask[1, 4:] = True
+    targets = [
+        {"labels": torch.tensor([1, 2, 3]), "boxes": torch.tensor([[0.5, 0.5, 0.9, 0.9], [0.3, 0.3, 0.3, 0.4], [0.7, 0.6, 0.2, 0.2]])},
+        {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)},
+    ]
+    labels, boxes = dense_targets(cell_centres(mask), targets, num_classes=4)
+    sizes = [(6, 5), (4, 8)]
+    for picture, (height, width) in enumerate(sizes):
+        for row in range(height):
+            for column in range(width):
+                x, y = (column + 0.5) / width, (row + 0.5) / height
+                covering = [
+                    (w * h, int(label), [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2])
+                    for label, (cx, cy, w, h) in zip(targets[picture]["labels"], targets[picture]["boxes"].tolist())
+                    if abs(x - cx) < w / 2 and abs(y - cy) < h / 2
+                ]
+                expected = min(covering)[1] if covering else 4
+                assert labels[picture, row, column] == expected
+                if covering:
+                    torch.testing.assert_close(boxes[picture, row, column], torch.tensor(min(covering)[2]))
+
+
+def test_padding_teaches_the_dense_head_nothing():
+    from annotated_detr.nested_tensor import NestedTensor
+
+    torch.manual_seed(0)
+    head = DenseHead(8, num_classes=3)
+    features = torch.randn(1, 8, 4, 6)
+    mask = torch.zeros(1, 4, 6, dtype=torch.bool)
+    mask[:, :, 4:] = True
+    target = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.4, 0.5, 0.5, 0.5]])}]
+    loss = head.loss(NestedTensor(features, mask), target)
+    changed = features.clone()
+    changed[..., 5:] += 10  # two cells from the last real one: out of reach of a 3×3 convolution
+    assert torch.equal(loss, head.loss(NestedTensor(changed, mask), target))
+
+
+def test_a_picture_without_boxes_gives_a_finite_dense_loss():
+    from annotated_detr.nested_tensor import NestedTensor
+
+    head = DenseHead(4, num_classes=2)
+    features = NestedTensor(torch.randn(1, 4, 3, 3), torch.zeros(1, 3, 3, dtype=torch.bool))
+    loss = head.loss(features, [{"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}])
+    loss.backward()
+    assert loss.isfinite()
+
+
+# Optimiser and schedule
+
+
+def test_recipes_of_the_paper():
+    config = RECIPES["detr_resnet50"]
+    assert (config.lr, config.lr_backbone, config.weight_decay, config.clip_norm) == (1e-4, 1e-5, 1e-4, 0.1)
+    assert (config.batch_size, config.epochs, config.lr_drop, config.no_object_weight, config.num_queries) == (64, 500, 400, 0.1, 100)
+    assert config.backbone_weights == "IMAGENET1K_V1" and config.multi_scale
+
+
+def test_rates_ramp_drop_and_vanish():
+    assert rate_factor(0, 100, 10, None) == pytest.approx(0.1)
+    assert rate_factor(9, 100, 10, None) == 1
+    assert rate_factor(55, 100, 10, None) == pytest.approx(0.5)
+    assert rate_factor(99, 100, 10, None) < 0.001
+    assert [rate_factor(step, 100, 0, 80) for step in (0, 79, 80, 99)] == [1, 1, 0.1, 0.1]
+
+
+def test_every_trainable_parameter_is_in_one_group():
+    model = detr_tiny(num_classes=3)
+    model.query_embed.weight.requires_grad_(False)
+    groups = parameter_groups(model, lr=1.0, lr_backbone=0.5)
+    backbone = {id(parameter) for parameter in model.backbone.parameters()}
+    assert {id(parameter) for parameter in groups[1]["params"]} == backbone
+    everything = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(everything) == len(set(everything)) == sum(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_layers_that_never_train_may_not_stay_random(tmp_path):
+    config = replace(SMALL, model="detr_resnet50")
+    with pytest.raises(ValueError, match="never train and would stay random: .*--backbone-weights"):
+        start(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# Runs
+
+
+def test_a_run_leaves_its_configuration_metrics_and_detectors(finished):
+    folder = finished.folder
+    assert folder.read_config() == SMALL
+    lines = folder.read_metrics()
+    assert [line["step"] for line in lines if line["phase"] != "validation"] == list(range(1, 10))
+    assert [line["phase"] for line in lines[:4]] == ["warm-up"] * 3 + ["detr"]
+    assert [line["step"] for line in folder.read_metrics("validation")] == [6, 9]
+    model, spec = load_model(folder.last)
+    assert same_weights(model, finished.learner.detector) and not model.training
+    assert spec.num_classes == 7 and spec.class_names["1"] == scenes.CLASS_NAMES[1]
+    assert load_model(folder.best)[1] == spec
+
+
+def test_the_warm_up_trains_the_backbone_alone(tmp_path):
+    trainer = start(replace(SMALL, ema_decay=0.0), tmp_path / "run")
+    before = {name: tensor.clone() for name, tensor in trainer.learner.model.state_dict().items()}
+    for samples, targets in trainer.batches():
+        training.train_step(trainer.learner, samples, targets)
+        if not trainer.learner.warming_up:
+            break
+    after = trainer.learner.model.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith("backbone.") for name in moved)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5, 8])
+def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(finished, tmp_path, stop):
+    broken = start(SMALL, tmp_path / "run")
+    original = training.train_step
+
+    def stopping(learner, *batch):
+        if learner.step == stop:
+            raise KeyboardInterrupt
+        return original(learner, *batch)
+
+    training.train_step = stopping
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit(broken, progress=False)
+    finally:
+        training.train_step = original
+    torch.rand(stop)  # a new process would not have the old one's random state
+    resumed = resume(tmp_path / "run")
+    fit(resumed, progress=False)
+    assert same_weights(resumed.learner.model, finished.learner.model)
+    assert same_weights(resumed.learner.detector, finished.learner.detector)
+    logged = [(line["step"], line.get("loss"), line.get("AP")) for line in resumed.folder.read_metrics()]
+    assert logged == [(line["step"], line.get("loss"), line.get("AP")) for line in finished.folder.read_metrics()]
+
+
+def test_a_run_that_is_killed_can_be_resumed(finished, tmp_path):
+    run = tmp_path / "run"
+    code = (
+        "from annotated_detr import training as t; from pathlib import Path; import sys; "
+        "t.fit(t.start(t.RunFolder(Path(sys.argv[1])).read_config(), sys.argv[2]), progress=False)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(finished.folder.path), str(run)], env=os.environ)
+    state = RunFolder(run).state
+    deadline = time.monotonic() + 120
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert state.exists(), "the run never wrote a checkpoint"
+    resumed = resume(run)
+    fit(resumed, progress=False)
+    assert same_weights(resumed.learner.model, finished.learner.model)
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        start(SMALL, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_resuming_what_is_no_run_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        resume(tmp_path)
+    (tmp_path / "config.json").write_text('{"learning_rate": 1}')
+    with pytest.raises(ValueError, match="not the configuration of a training run"):
+        resume(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_named(finished, tmp_path):
+    run = start(SMALL, tmp_path / "run")
+    run.folder.state.write_bytes(finished.folder.state.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="state.pt is damaged"):
+        resume(tmp_path / "run")
+
+
+def test_a_metrics_line_that_a_kill_cut_short_is_left_out(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.append({"step": 1, "phase": "detr"})
+    with open(folder.metrics, "a") as file:
+        file.write('{"step": 2, "pha')
+    assert folder.read_metrics() == [{"step": 1, "phase": "detr"}]
+
+
+def test_training_lowers_the_loss(tmp_path):
+    config = replace(SMALL, scenes=8, epochs=40, warmup_steps=0, lr=1e-3, lr_backbone=1e-3, ema_decay=0.0, eval_every=1000)
+    trainer = start(config, tmp_path / "run")
+    trainer.val_pictures = None
+    fit(trainer, progress=False)
+    losses = [line["loss"] for line in trainer.folder.read_metrics("detr")]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+
+# Files of weights
+
+
+def test_a_saved_model_answers_as_before(tmp_path):
+    torch.manual_seed(0)
+    spec = ModelSpec("tiny", 5, 9, 64, {"1": "cup"}, {"num_decoder_layers": 2})
+    model = spec.build().eval()
+    save_model(tmp_path / "model.safetensors", model, spec)
+    again, spec_again = load_model(tmp_path / "model.safetensors")
+    picture = [torch.randn(3, 64, 48)]
+    assert spec_again == spec and torch.equal(model(picture)["pred_boxes"], again(picture)["pred_boxes"])
+
+
+def test_weights_that_cannot_be_used_are_named(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        load_model(tmp_path / "nothing.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_model(tmp_path / "cut.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="does not say of which model"):
+        load_model(tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="there is no model 'yolo'"):
+        ModelSpec("yolo", 5, 9, 64).build()
+
+
+def test_a_loss_that_is_not_finite_names_the_pictures(tmp_path):
+    trainer = start(replace(SMALL, warmup_steps=1), tmp_path / "run")
+    with torch.no_grad():
+        trainer.learner.dense_head.classify.bias.fill_(float("nan"))
+    samples, targets = next(iter(trainer.batches()))
+    ids = [int(target["image_id"]) for target in targets]
+    with pytest.raises(FloatingPointError, match=str(ids[0])):
+        training.train_step(trainer.learner, samples, targets)
+
+
+def test_pictures_that_would_stop_training_stop_it_before_the_first_step(tmp_path):
+    folder, file = scenes.coco_folder(tmp_path / "scenes", "train", 4)
+    content = json.loads(file.read_text())
+    content["annotations"][0]["category_id"] = "one"
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="would fail"):
+        start(replace(SMALL, images=folder, annotations=bad), tmp_path / "run")
+    with pytest.raises(ValueError, match="--annotations"):
+        start(replace(SMALL, images=folder), tmp_path / "run")
