@@ -341,7 +341,7 @@ def test_the_check_of_the_pages_bites(tmp_path):
 
 def test_the_repository_is_named_in_one_place():
     owner, name = repository().split("/")
-    hosts = r"(?:github\.com|raw\.githubusercontent\.com|colab\.research\.google\.com/github)/([\w.-]+)/([\w.-]+?)(?:\.git)?(?=[/\"'\s)#@>\]}]|$)"
+    hosts = r"(?:github\.com|raw\.githubusercontent\.com|colab\.research\.google\.com/github)/([\w.-]+)/([\w.-]+?)(?:\.git)?(?=[/\\\"'\s)#@>\]}]|$)"
     ours = 0
     for path, text in texts():
         if path in ("tests/test_house.py",) or path.startswith("book/lock"):
