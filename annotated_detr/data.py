@@ -37,11 +37,11 @@ from tqdm import tqdm
 
 Target = dict[str, Tensor]
 
-# %% ../nbs/01_data.ipynb #4773f9ab
+# %% ../nbs/01_data.ipynb #bd63d495
 def flatten_to_rgb(image: Image.Image) -> Image.Image:
     """Turn a picture of any PIL mode into 8-bit RGB, the way a viewer shows it.
 
-    Transparent pixels lie over white; 16-bit grey is scaled to 8 bits instead of being clipped at 255.
+    Transparent pixels lie over white; 16-bit grey is scaled to 8 bits, not clipped at 255.
 
     Raises:
         ValueError: if the mode has no RGB rendering (32-bit floats, for example).
@@ -51,41 +51,51 @@ def flatten_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion would clip at 255
         return image.convert("I").point(lambda value: value * (1 / 257)).convert("L").convert("RGB")
     if image.mode == "F":
-        raise ValueError("its pixels are 32-bit floats, for which no black and white are agreed; save it with 8 bits")
+        raise ValueError(
+            "its pixels are 32-bit floats, whose black and white nobody knows; save it with 8 bits"
+        )
     if image.has_transparency_data:
         paper = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
-# %% ../nbs/01_data.ipynb #3d544a8d
+# %% ../nbs/01_data.ipynb #0bdb8d16
 def open_picture(path: str | os.PathLike) -> Image.Image:
     """Read a picture as a viewer shows it: upright, 8-bit RGB, fully decoded.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be decoded, or is too large to be decoded safely (`PIL.Image.MAX_IMAGE_PIXELS`).
+        ValueError: if it cannot be decoded, or has more than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: there is no such picture; check the folder and the file_name in the annotations.")
+        raise FileNotFoundError(
+            f"{path}: there is no such picture; check the folder and the file_name."
+        )
     try:
         with Image.open(path) as image:
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise Image.DecompressionBombError
             image.load()
-            with contextlib.suppress(Exception):  # a viewer ignores a damaged EXIF block, and so do we
+            with contextlib.suppress(
+                Exception
+            ):  # a viewer ignores a damaged EXIF block, and so do we
                 ImageOps.exif_transpose(image, in_place=True)
             return flatten_to_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(
-            f"{path}: the picture claims more than {Image.MAX_IMAGE_PIXELS:,} pixels and may be a decompression bomb; "
-            "shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
+            f"{path}: the picture claims more than {Image.MAX_IMAGE_PIXELS:,} pixels and may be a "
+            "decompression bomb; shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
         ) from None
     except UnidentifiedImageError:
-        raise ValueError(f"{path}: the file is not a picture in any format that Pillow reads; replace or remove it.") from None
+        raise ValueError(
+            f"{path}: the file is not a picture in any format that Pillow reads; replace it."
+        ) from None
     except Exception as error:  # Pillow's readers raise nearly everything on damaged files
-        raise ValueError(f"{path}: the picture cannot be read ({error}); replace or remove it.") from error
+        raise ValueError(
+            f"{path}: the picture cannot be read ({error}); replace or remove it."
+        ) from error
 
-# %% ../nbs/01_data.ipynb #e90098cd
+# %% ../nbs/01_data.ipynb #f9d80606
 def read_json(ann_file: str | os.PathLike) -> dict:
     """Read an annotation file as far as the outermost dictionary.
 
@@ -98,37 +108,54 @@ def read_json(ann_file: str | os.PathLike) -> dict:
     try:
         content = json.loads(Path(ann_file).read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{ann_file}: this is not valid JSON ({error}); it may have been cut off: fetch or export it again.") from None
+        raise ValueError(
+            f"{ann_file}: this is not valid JSON ({error}); it may have been cut off: "
+            "fetch or export it again."
+        ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{ann_file}: the file holds a {type(content).__name__}; COCO is a dictionary of images, annotations and categories.")
+        raise ValueError(
+            f"{ann_file}: the file holds a {type(content).__name__}; COCO is a dictionary of "
+            "images, annotations and categories."
+        )
     return content
 
 
 def read_coco(ann_file: str | os.PathLike) -> dict:
     """Read a COCO annotation file and check the skeleton that pycocotools relies on.
 
-    A missing `iscrowd` becomes 0 and a missing `area` that of the box, because COCO's scorer needs both.
+    A missing `iscrowd` becomes 0, a missing `area` that of the box: COCO's scorer needs both.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_json`, or if an entry lacks a key or has an id that is no whole number.
+        FileNotFoundError, ValueError: as `read_json`, or if an entry lacks a key or has an id
+            that is no whole number.
     """
     content = read_json(ann_file)
-    needs = {"images": ("id", "file_name"), "annotations": ("id", "image_id", "category_id", "bbox"), "categories": ("id", "name")}
+    needs = {
+        "images": ("id", "file_name"),
+        "annotations": ("id", "image_id", "category_id", "bbox"),
+        "categories": ("id", "name"),
+    }
     for section, keys in needs.items():
         entries = content.get(section)
         if not isinstance(entries, list):
-            raise ValueError(f'{ann_file}: there is no list "{section}"; COCO has images, annotations and categories (they may be empty).')
+            raise ValueError(
+                f'{ann_file}: there is no list "{section}"; COCO has images, annotations and '
+                "categories (they may be empty)."
+            )
         for index, entry in enumerate(entries):
             for key in keys:
                 fault = _fault(entry, key)
                 if fault:
-                    raise ValueError(f"{ann_file}: {section}[{index}] {fault}; `annotated-detr check` lists every problem.")
+                    raise ValueError(
+                        f"{ann_file}: {section}[{index}] {fault}; "
+                        "`annotated-detr check` lists all problems."
+                    )
     for entry in content["annotations"]:
         entry.setdefault("iscrowd", 0)
         entry.setdefault("area", float(entry["bbox"][2]) * float(entry["bbox"][3]))
     return content
 
-# %% ../nbs/01_data.ipynb #fe6f5715
+# %% ../nbs/01_data.ipynb #6c0edc27
 def _fault(entry: object, key: str) -> str | None:
     """Say what keeps `entry[key]` from being used, or return None."""
     if not isinstance(entry, dict):
@@ -140,13 +167,15 @@ def _fault(entry: object, key: str) -> str | None:
         return f"has {key} {_show(value)}, not a whole number"
     if key in ("file_name", "name") and not isinstance(value, str):
         return f"has {key} {_show(value)}, not a text"
-    if key == "bbox" and not (isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))):
+    if key == "bbox" and not (
+        isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+    ):
         return f"has bbox {_show(value)}, not four finite numbers"
     return None
 
 
 def _is_id(value: object) -> bool:
-    """True for a whole number that fits into 63 bits (JSON's true is not a number, though Python thinks so)."""
+    """True for a whole number of 63 bits (JSON's true is no number, though Python thinks so)."""
     return type(value) is int and abs(value) < 2**63
 
 
@@ -157,9 +186,13 @@ def _is_number(value: object) -> bool:
 
 def _show(value: object) -> str:
     """Any JSON value in at most a few dozen printable characters."""
-    return reprlib.repr(value).encode("ascii", "backslashreplace").decode() if not isinstance(value, str) else ascii(value[:60])
+    return (
+        reprlib.repr(value).encode("ascii", "backslashreplace").decode()
+        if not isinstance(value, str)
+        else ascii(value[:60])
+    )
 
-# %% ../nbs/01_data.ipynb #f4d42b21
+# %% ../nbs/01_data.ipynb #b7e22183
 class ConvertCocoPolysToMask:
     """Turn the annotations of one picture into a target of tensors (boxes in pixels, x0 y0 x1 y1).
 
@@ -177,12 +210,12 @@ class ConvertCocoPolysToMask:
         """Convert `{"image_id", "annotations"}`.
 
         Returns:
-            The picture, untouched, and a dictionary of boxes float32 [n, 4], labels int64 [n], area float32 [n],
-            iscrowd int64 [n], image_id int64 [1], orig_size and size int64 [2] (height, width) and, if asked for,
-            masks bool [n, h, w].
+            The picture, untouched, and a dictionary of boxes float32 [n, 4], labels int64 [n],
+            area float32 [n], iscrowd int64 [n], image_id int64 [1], orig_size and size int64 [2]
+            (height, width) and, if asked for, masks bool [n, h, w].
 
         Raises:
-            ValueError: if an annotation lacks a key or holds something that is not a number; it is named.
+            ValueError: if an annotation lacks a key or holds what is not a number; it is named.
         """
         width, height = image.size
         image_id = target["image_id"]
@@ -191,7 +224,9 @@ class ConvertCocoPolysToMask:
         boxes = _numbers(image_id, objects, "bbox", (4,))
         boxes = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), (height, width))
         areas = box_area(boxes).tolist()
-        objects = [{"area": area, **entry} for area, entry in zip(areas, objects)]  # area is optional in a file
+        objects = [
+            {"area": area, **entry} for area, entry in zip(areas, objects)
+        ]  # area is optional in a file
 
         prepared = {
             "boxes": boxes,
@@ -203,7 +238,11 @@ class ConvertCocoPolysToMask:
             prepared["masks"] = _stack_masks(image_id, objects, height, width)
         prepared = keep_objects(prepared, has_area(boxes))
         size = torch.tensor([height, width])
-        return image, prepared | {"image_id": torch.tensor([image_id]), "orig_size": size, "size": size.clone()}
+        return image, prepared | {
+            "image_id": torch.tensor([image_id]),
+            "orig_size": size,
+            "size": size.clone(),
+        }
 
 # %% ../nbs/01_data.ipynb #d29d823f
 PER_OBJECT = ("boxes", "labels", "area", "iscrowd", "masks")
@@ -220,11 +259,19 @@ def keep_objects(target: Target, keep: Bool[Tensor, "n"]) -> Target:
         return target
     return {key: value[keep] if key in PER_OBJECT else value for key, value in target.items()}
 
-# %% ../nbs/01_data.ipynb #8174880f
-def _numbers(image_id: object, objects: list[dict], key: str, shape: tuple, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Stack `entry[key]` of all objects to a tensor [n, *shape], or name the annotation for which that fails."""
+# %% ../nbs/01_data.ipynb #11c30a0e
+def _numbers(
+    image_id: object,
+    objects: list[dict],
+    key: str,
+    shape: tuple,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Stack `entry[key]` of all objects to a tensor [n, *shape], or name the one that fails."""
     try:
-        stacked = torch.tensor([entry[key] for entry in objects], dtype=dtype).reshape(len(objects), *shape)
+        stacked = torch.tensor([entry[key] for entry in objects], dtype=dtype).reshape(
+            len(objects), *shape
+        )
         if stacked.isfinite().all():
             return stacked
     except (KeyError, ValueError, TypeError, RuntimeError, OverflowError):
@@ -237,63 +284,91 @@ def _numbers(image_id: object, objects: list[dict], key: str, shape: tuple, dtyp
             good = False
         if not good:
             break
-    wanted = "four finite numbers" if shape else "a whole number" if dtype == torch.int64 else "a finite number"
-    raise ValueError(f"image {image_id}, annotation {entry.get('id')}: {key} is {entry.get(key)!r}; it must be {wanted}.")
+    wanted = (
+        "four finite numbers"
+        if shape
+        else "a whole number"
+        if dtype == torch.int64
+        else "a finite number"
+    )
+    raise ValueError(
+        f"image {image_id}, annotation {entry.get('id')}: "
+        f"{key} is {entry.get(key)!r}; it must be {wanted}."
+    )
 
-# %% ../nbs/01_data.ipynb #8dfe6909
+# %% ../nbs/01_data.ipynb #d440adb5
 def draw_mask(segmentation: list | dict, height: int, width: int) -> Bool[Tensor, "h w"]:
-    """Draw a COCO segmentation (polygons, RLE, or uncompressed RLE) as a mask that is True on the object.
+    """Draw a COCO segmentation (polygons, RLE, uncompressed RLE): True on the object.
 
     Raises:
         ValueError: if the segmentation is empty, malformed, or meant for a picture of another size.
     """
     if isinstance(segmentation, dict):
         if list(segmentation.get("size", ())) != [height, width]:
-            raise ValueError(f"its RLE is for size {segmentation.get('size')}, the picture has [{height}, {width}]")
+            raise ValueError(
+                f"its RLE is for {segmentation.get('size')}, the picture has [{height}, {width}]"
+            )
         compressed = isinstance(segmentation["counts"], (str, bytes))
         runs = segmentation if compressed else coco_mask.frPyObjects(segmentation, height, width)
     else:
-        if not segmentation or any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
-            raise ValueError("a segmentation needs polygons of at least three x, y points, or an RLE dictionary")
+        if not segmentation or any(
+            len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation
+        ):
+            raise ValueError(
+                "a segmentation needs polygons of at least three x, y points, or an RLE dictionary"
+            )
         runs = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    with warnings.catch_warnings():  # pycocotools 2.0.11 has not yet learnt NumPy 2's copy keyword, and NumPy says so
+    with (
+        warnings.catch_warnings()
+    ):  # pycocotools 2.0.11 has not yet learnt NumPy 2's copy keyword, and NumPy says so
         warnings.simplefilter("ignore", DeprecationWarning)
         return torch.from_numpy(coco_mask.decode(runs)).bool()
 
-# %% ../nbs/01_data.ipynb #d5704a88
-def _stack_masks(image_id: object, objects: list[dict], height: int, width: int) -> Bool[Tensor, "n h w"]:
+# %% ../nbs/01_data.ipynb #a7bbabb0
+def _stack_masks(
+    image_id: object, objects: list[dict], height: int, width: int
+) -> Bool[Tensor, "n h w"]:
     """Draw every object's mask, or name the annotation whose segmentation cannot be drawn."""
     masks = torch.zeros(len(objects), height, width, dtype=torch.bool)
     for mask, entry in zip(masks, objects):
         try:
             mask.copy_(draw_mask(entry.get("segmentation") or [], height, width))
         except Exception as error:
-            raise ValueError(f"image {image_id}, annotation {entry.get('id')}: the mask cannot be drawn: {error}.") from error
+            raise ValueError(
+                f"image {image_id}, annotation {entry.get('id')}: "
+                f"the mask cannot be drawn: {error}."
+            ) from error
     return masks
 
-# %% ../nbs/01_data.ipynb #4e5f18a5
+# %% ../nbs/01_data.ipynb #85ad366b
 class CocoDetection(Dataset):
     """A folder of pictures and a COCO annotation file, as a PyTorch dataset.
 
     Args:
         img_folder: the folder that every `file_name` of the annotation file is relative to.
         ann_file: the annotation file (JSON).
-        transforms: a function of (PIL picture, target) such as `make_coco_transforms("train")`; without it, items are
-            what `load` returns.
+        transforms: a function of (PIL picture, target) such as `make_coco_transforms("train")`;
+            without it, items are what `load` returns.
         return_masks: also return masks, [n, h, w].
 
     Attributes:
         coco: the `pycocotools.coco.COCO` index, which evaluation needs.
         ids: the picture ids in increasing order; item i is picture `ids[i]`.
         class_names: name by category id.
-        num_classes: largest category id + 1, so that a category's id is its logit's index (Section 3.1: no-object comes on top).
+        num_classes: largest category id + 1, so that a category's id is its logit's index
+            (Section 3.1; no-object comes on top).
 
     Raises:
         FileNotFoundError, ValueError: if folder or file are missing, or the file is not COCO.
     """
 
-    def __init__(self, img_folder: str | os.PathLike, ann_file: str | os.PathLike,
-                 transforms: Callable | None = None, return_masks: bool = False):
+    def __init__(
+        self,
+        img_folder: str | os.PathLike,
+        ann_file: str | os.PathLike,
+        transforms: Callable | None = None,
+        return_masks: bool = False,
+    ):
         if not os.path.isdir(img_folder):
             raise FileNotFoundError(f"{img_folder}: there is no such folder of pictures.")
         self.img_folder, self.transforms = Path(img_folder), transforms
@@ -305,7 +380,9 @@ class CocoDetection(Dataset):
         self.ids = sorted(self.coco.imgs)
         self.class_names = {id: entry["name"] for id, entry in sorted(self.coco.cats.items())}
         if not self.class_names:
-            raise ValueError(f"{ann_file} has no categories; list every class with an id and a name.")
+            raise ValueError(
+                f"{ann_file} has no categories; list every class with an id and a name."
+            )
         self.num_classes = max(self.class_names) + 1
 
     def __len__(self) -> int:
@@ -315,27 +392,31 @@ class CocoDetection(Dataset):
         """Return picture number `index` as RGB and its target with boxes in pixels, x0 y0 x1 y1."""
         image_id = self.ids[index]
         image = open_picture(self.img_folder / self.coco.imgs[image_id]["file_name"])
-        return self.prepare(image, {"image_id": image_id, "annotations": self.coco.imgToAnns.get(image_id, [])})
+        return self.prepare(
+            image, {"image_id": image_id, "annotations": self.coco.imgToAnns.get(image_id, [])}
+        )
 
     def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, Target]:
         """Return `transforms(*load(index))`."""
         image, target = self.load(index)
         return (image, target) if self.transforms is None else self.transforms(image, target)
 
-# %% ../nbs/01_data.ipynb #5491a834
-def resized_shape(width: int, height: int, size: int, max_size: int | None = None) -> tuple[int, int]:
-    """Return the (width, height) that has its short side at `size` and its long side at `max_size` at most.
+# %% ../nbs/01_data.ipynb #2e7c9b73
+def resized_shape(
+    width: int, height: int, size: int, max_size: int | None = None
+) -> tuple[int, int]:
+    """Return (width, height) with the short side at `size` and the long side within `max_size`.
 
-    When the cap binds, the short side is rounded; the long side is then cut to whole pixels, never rounded up.
+    When the cap binds, the short side is rounded; the long side is then cut to whole pixels.
     """
     short, long = sorted((width, height))
     if max_size is not None and size * long > max_size * short:
         size = max(1, round(max_size * short / long))
     return (size, size * height // width) if width < height else (size * width // height, size)
 
-# %% ../nbs/01_data.ipynb #1aa45bcb
+# %% ../nbs/01_data.ipynb #e16c6b37
 def to_tv_tensors(image: Image.Image, target: Target | None) -> tuple[Image.Image, Target | None]:
-    """Tell torchvision which tensors of a target are boxes (pixels, x0 y0 x1 y1) and which are masks."""
+    """Tell torchvision which tensors are boxes (pixels, x0 y0 x1 y1) and which are masks."""
     if target is None or isinstance(target["boxes"], tv_tensors.BoundingBoxes):
         return image, target
     boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.size[::-1])
@@ -344,8 +425,10 @@ def to_tv_tensors(image: Image.Image, target: Target | None) -> tuple[Image.Imag
         target["masks"] = tv_tensors.Mask(target["masks"])
     return image, target
 
-# %% ../nbs/01_data.ipynb #eb50d169
-def resize(image: Image.Image, target: Target | None, width: int, height: int) -> tuple[Image.Image, Target | None]:
+# %% ../nbs/01_data.ipynb #b06d8b37
+def resize(
+    image: Image.Image, target: Target | None, width: int, height: int
+) -> tuple[Image.Image, Target | None]:
     """Resize a picture and everything in its target to `width` × `height` pixels."""
     image, target = to_tv_tensors(image, target)
     scale = width * height / (image.width * image.height)
@@ -359,9 +442,11 @@ def resize(image: Image.Image, target: Target | None, width: int, height: int) -
         target["area"] = target["area"] * scale
     return image, target
 
-# %% ../nbs/01_data.ipynb #738c6938
-def crop(image: Image.Image, target: Target | None, top: int, left: int, height: int, width: int) -> tuple[Image.Image, Target | None]:
-    """Cut a window out of a picture: boxes are clamped to it, and those left without area are dropped.
+# %% ../nbs/01_data.ipynb #ab699e9f
+def crop(
+    image: Image.Image, target: Target | None, top: int, left: int, height: int, width: int
+) -> tuple[Image.Image, Target | None]:
+    """Cut out a window: boxes are clamped to it, and those left without area are dropped.
 
     The area of an object becomes the area of its cut box.
     """
@@ -375,26 +460,32 @@ def crop(image: Image.Image, target: Target | None, top: int, left: int, height:
     target["area"] = box_area(target["boxes"].as_subclass(Tensor))
     return image, keep_objects(target, has_area(target["boxes"]))
 
-# %% ../nbs/01_data.ipynb #5af718db
+# %% ../nbs/01_data.ipynb #9d28e0da
 class ResizeShortSide:
-    """Resize the short side to one of `sizes`, drawn at random, with the long side at `max_size` at most."""
+    """Resize the short side to one of `sizes`, at random, with the long side within `max_size`."""
 
     def __init__(self, sizes: Sequence[int], max_size: int | None = None):
         self.sizes, self.max_size = list(sizes), max_size
 
-    def __call__(self, image: Image.Image, target: Target | None) -> tuple[Image.Image, Target | None]:
+    def __call__(
+        self, image: Image.Image, target: Target | None
+    ) -> tuple[Image.Image, Target | None]:
         size = self.sizes[_randint(0, len(self.sizes) - 1)]
         return resize(image, target, *resized_shape(*image.size, size, self.max_size))
 
-
+# %% ../nbs/01_data.ipynb #9bb12b84
 class RandomSizeCrop:
     """Cut out a window whose width and height are uniform in [smallest, min(side, largest)]."""
 
     def __init__(self, smallest: int, largest: int):
         self.smallest, self.largest = smallest, largest
 
-    def __call__(self, image: Image.Image, target: Target | None) -> tuple[Image.Image, Target | None]:
-        width, height = (_randint(min(self.smallest, side), min(side, self.largest)) for side in image.size)
+    def __call__(
+        self, image: Image.Image, target: Target | None
+    ) -> tuple[Image.Image, Target | None]:
+        width, height = (
+            _randint(min(self.smallest, side), min(side, self.largest)) for side in image.size
+        )
         top, left = _randint(0, image.height - height), _randint(0, image.width - width)
         return crop(image, target, top, left, height, width)
 
@@ -403,12 +494,14 @@ def _randint(low: int, high: int) -> int:
     """Draw a whole number from low to high, both included, from torch's global generator."""
     return int(torch.randint(low, high + 1, ()))
 
-# %% ../nbs/01_data.ipynb #b54a6f77
+# %% ../nbs/01_data.ipynb #3e29be66
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def to_model_input(image: Image.Image, target: Target | None) -> tuple[Float[Tensor, "3 h w"], Target | None]:
-    """Turn a picture into a normalised float tensor, and its boxes into centre, width, height relative to the picture."""
+def to_model_input(
+    image: Image.Image, target: Target | None
+) -> tuple[Float[Tensor, "3 h w"], Target | None]:
+    """Normalise a picture's pixels; make its boxes centre, width, height relative to it."""
     pixels = F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True)
     pixels = F.normalize(pixels, IMAGENET_MEAN, IMAGENET_STD, inplace=True)
     if target is None:
@@ -419,23 +512,32 @@ def to_model_input(image: Image.Image, target: Target | None) -> tuple[Float[Ten
         target["masks"] = target["masks"].as_subclass(Tensor)
     return pixels, target
 
-# %% ../nbs/01_data.ipynb #a1696cec
+# %% ../nbs/01_data.ipynb #2fd0775a
 class DetectionTransforms:
     """Augment a PIL picture and its target together, then make tensors of them."""
 
     def __init__(self, *steps: Callable):
         self.augment = v2.Compose([to_tv_tensors, *steps])
 
-    def __call__(self, image: Image.Image, target: Target | None = None) -> tuple[Float[Tensor, "3 h w"], Target | None]:
-        """Take an RGB picture and pixel x0 y0 x1 y1 boxes; return normalised pixels and cxcywh boxes in 0..1."""
+    def __call__(
+        self, image: Image.Image, target: Target | None = None
+    ) -> tuple[Float[Tensor, "3 h w"], Target | None]:
+        """Take an RGB picture and x0 y0 x1 y1 boxes; return a tensor and cxcywh boxes in 0..1."""
         if not isinstance(image, Image.Image) or image.mode != "RGB":
-            raise TypeError(f"the transforms take an RGB picture from PIL, not {getattr(image, 'mode', type(image).__name__)}; see open_picture.")
+            given = getattr(image, "mode", type(image).__name__)
+            raise TypeError(
+                f"the transforms take an RGB picture from PIL, not {given}; see open_picture."
+            )
         return to_model_input(*self.augment(image, target))
 
-
+# %% ../nbs/01_data.ipynb #15603506
 def make_coco_transforms(
-    image_set: str, size: int = 800, max_size: int | None = None,
-    color_jitter: float | int = 0.0, vertical_flip: bool = False, multi_scale: bool = True,
+    image_set: str,
+    size: int = 800,
+    max_size: int | None = None,
+    color_jitter: float | int = 0.0,
+    vertical_flip: bool = False,
+    multi_scale: bool = True,
 ) -> DetectionTransforms:
     """Build the paper's training or validation transform (Section 4, Appendix A.4).
 
@@ -456,8 +558,10 @@ def make_coco_transforms(
     if image_set not in ("train", "val"):
         raise ValueError(f'image_set is {image_set!r}; choose "train" or "val".')
     if size < 8 or not 0 <= color_jitter <= 1:
-        raise ValueError(f"size is {size}, color_jitter {color_jitter}; "
-                         "size must be at least 8 and color_jitter lie in 0 to 1.")
+        raise ValueError(
+            f"size is {size}, color_jitter {color_jitter}; "
+            "size must be at least 8 and color_jitter lie in 0 to 1."
+        )
 
     def scaled(pixels: int) -> int:
         return round(pixels * size / 800)
@@ -478,27 +582,39 @@ def make_coco_transforms(
         steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter, hue))
     return DetectionTransforms(*steps)
 
-# %% ../nbs/01_data.ipynb #454dd39d
+# %% ../nbs/01_data.ipynb #7aa6c55c
 KINDS = {  # kind: (severity, cure); an error stops training or spoils it, a warning is survived
     "json": ("error", "fetch or export the annotation file again"),
     "section": ("error", "add the list; it may be empty"),
     "entry": ("error", "remove the entry or give it what it lacks"),
     "id": ("error", "number the entries with whole numbers"),
     "id repeats": ("error", "give every entry its own id"),
-    "annotation id": ("warning", "number annotations 1, 2, 3, …, or COCO's scorer will confuse them"),
+    "annotation id": (
+        "warning",
+        "number annotations 1, 2, 3, …, or COCO's scorer will confuse them",
+    ),
     "no pictures": ("error", "list the pictures under images"),
     "no categories": ("error", "list every class with its id and name"),
-    "unknown picture": ("warning", "add the picture, or remove the annotation: training never sees it"),
+    "unknown picture": (
+        "warning",
+        "add the picture, or remove the annotation: training never sees it",
+    ),
     "unknown category": ("error", "add the category, or correct the annotation"),
     "category out of range": ("error", "renumber the categories from 1, or raise num_classes"),
-    "sparse categories": ("warning", "renumber the categories from 1: every unused id costs a logit"),
+    "sparse categories": (
+        "warning",
+        "renumber the categories from 1: every unused id costs a logit",
+    ),
     "picture missing": ("error", "put the picture there, or remove its entry"),
     "picture unreadable": ("error", "replace the picture, or remove its entry"),
     "picture listed twice": ("warning", "keep one entry, and move its annotations there"),
     "picture very long": ("warning", "cut it into tiles; its short side shrinks to a few pixels"),
     "size unknown": ("warning", "fill in the picture's own width and height"),
     "size disagrees": ("warning", "fill in the picture's own width and height"),
-    "boxes for another size": ("error", "scale or rotate the boxes to the picture as it is shown, or restore the picture"),
+    "boxes for another size": (
+        "error",
+        "scale or rotate the boxes to the picture as it is shown, or restore the picture",
+    ),
     "box": ("error", "write bbox as four numbers: x, y, width, height in pixels"),
     "box without area": ("warning", "draw the box again, or remove it; training drops it"),
     "box outside": ("warning", "cut the box at the picture's border, as training does"),
@@ -507,10 +623,13 @@ KINDS = {  # kind: (severity, cure); an error stops training or spoils it, a war
     "iscrowd": ("warning", "write 0 or 1; whatever is neither counts as a crowd and is dropped"),
     "segmentation": ("warning", "write polygons or RLE; masks cannot be trained with it"),
     "too many boxes": ("error", "raise num_queries above the fullest picture"),
-    "no boxes": ("warning", "nothing to do if the picture is really empty: it teaches what no object looks like"),
+    "no boxes": (
+        "warning",
+        "nothing to do if the picture is really empty: it teaches what no object looks like",
+    ),
 }
 
-
+# %% ../nbs/01_data.ipynb #efebea53
 @dataclass(frozen=True)
 class Finding:
     """One thing that is wrong with a data set: what, where, how bad, and what to do about it."""
@@ -524,17 +643,20 @@ class Finding:
     cure: str
 
     def __str__(self) -> str:
-        names = [f"image {self.image}"] * (self.image is not None) + [f"annotation {self.annotation}"] * (self.annotation is not None)
+        names = [f"image {self.image}"] * (self.image is not None) + [
+            f"annotation {self.annotation}"
+        ] * (self.annotation is not None)
         return f"{self.file}{': ' if names else ''}{', '.join(names)}: {self.sentence}"
 
-# %% ../nbs/01_data.ipynb #11607aea
+# %% ../nbs/01_data.ipynb #5219f079
 @dataclass
 class Report:
     """What `check_dataset` found: findings, counts, the class table, box sizes, and the index line.
 
     Attributes:
         findings: every `Finding`, in the order of the checks.
-        counts: pictures, annotations, crowds, boxes (usable ones), most_boxes (in one picture), pictures_without_boxes.
+        counts: pictures, annotations, crowds, boxes (usable ones), most_boxes (in one picture),
+            pictures_without_boxes.
         classes: one row by category id: name, boxes, pictures.
         box_sides: how many boxes have a side (square root of the area, pixels) in [lower, upper).
         num_classes: largest category id + 1, or the number you asked to check against.
@@ -554,16 +676,26 @@ class Report:
         """True if training can start: warnings at most."""
         return all(finding.severity != "error" for finding in self.findings)
 
-    def add(self, kind: str, sentence: str, file: str | None = None, image: object = None, annotation: object = None) -> None:
+    def add(
+        self,
+        kind: str,
+        sentence: str,
+        file: str | None = None,
+        image: object = None,
+        annotation: object = None,
+    ) -> None:
         """Record a finding; its severity and cure follow from its kind."""
         severity, cure = KINDS[kind]
         file = os.path.basename(self.ann_file) if file is None else file
-        image, annotation = (value if value is None or _is_id(value) else _show(value) for value in (image, annotation))
+        image, annotation = (
+            value if value is None or _is_id(value) else _show(value)
+            for value in (image, annotation)
+        )
         file = file if file.isprintable() else _show(file)
         self.findings.append(Finding(severity, kind, file, image, annotation, sentence, cure))
 
     def index_line(self) -> list[tuple[int, str]]:
-        """Name every logit that has a meaning: (index, class name), and no-object last, at `num_classes`."""
+        """Name every logit that has a meaning: (index, name), and no-object at `num_classes`."""
         names = [(id, row["name"]) for id, row in self.classes.items()]
         return names if self.num_classes is None else [*names, (self.num_classes, "no object")]
 
@@ -578,16 +710,22 @@ class Report:
     def __str__(self) -> str:
         return "\n".join(_report_lines(self))
 
-# %% ../nbs/01_data.ipynb #d47ebe59
+# %% ../nbs/01_data.ipynb #79117e8d
 def _report_lines(report: Report, examples: int = 5) -> Iterator[str]:
-    """Lay a report out as text: counts, index line with class table, box sides, then findings by kind."""
-    yield f"{os.path.basename(report.ann_file)}: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in report.counts.items())
+    """Lay a report out as text: counts, index line, box sides, then findings by kind."""
+    yield f"{os.path.basename(report.ann_file)}: " + ", ".join(
+        f"{count:,} {name.replace('_', ' ')}" for name, count in report.counts.items()
+    )
     if report.classes:
         yield f"\nnum_classes = {report.num_classes}; a category's id is the index of its logit:"
         for index, name in report.index_line():
             row = report.classes.get(index, {"boxes": "", "pictures": ""})
             shown = name if name.isprintable() else _show(name)
-            yield f"{index:>7}  {shown:<24}" + (f"{row['boxes']:>9,} boxes in {row['pictures']:,} pictures" if index in report.classes else "")
+            yield f"{index:>7}  {shown:<24}" + (
+                f"{row['boxes']:>9,} boxes in {row['pictures']:,} pictures"
+                if index in report.classes
+                else ""
+            )
     if any(report.box_sides.values()):
         most = max(report.box_sides.values())
         yield "\nside of the boxes (square root of area, pixels):"
@@ -597,18 +735,28 @@ def _report_lines(report: Report, examples: int = 5) -> Iterator[str]:
     for finding in sorted(report.findings, key=lambda finding: finding.severity):
         by_kind.setdefault(finding.kind, []).append(finding)
     for kind, findings in by_kind.items():
-        yield f"\n{findings[0].severity.upper()}: {kind} ({len(findings):,}). Cure: {findings[0].cure}."
+        severity, cure = findings[0].severity.upper(), findings[0].cure
+        yield f"\n{severity}: {kind} ({len(findings):,}). Cure: {cure}."
         yield from (f"  {finding}" for finding in findings[:examples])
         if len(findings) > examples:
             yield f"  … and {len(findings) - examples:,} more"
-    yield "\nNothing stands in the way of training." if report.ok else "\nTraining would fail or learn the wrong thing: cure the errors first."
+    yield (
+        "\nNothing stands in the way of training."
+        if report.ok
+        else "\nTraining would fail or learn the wrong thing: cure the errors first."
+    )
 
-# %% ../nbs/01_data.ipynb #0b125dd3
-def check_dataset(img_folder: str | os.PathLike, ann_file: str | os.PathLike, num_classes: int | None = None,
-                  num_queries: int | None = None, progress: bool = True) -> Report:
+# %% ../nbs/01_data.ipynb #310a6d6e
+def check_dataset(
+    img_folder: str | os.PathLike,
+    ann_file: str | os.PathLike,
+    num_classes: int | None = None,
+    num_queries: int | None = None,
+    progress: bool = True,
+) -> Report:
     """Look for everything in a COCO-format data set that would stop training or spoil it.
 
-    Every picture is decoded. Whatever the file holds, the answer is a report and never an exception.
+    Every picture is decoded. Whatever the file holds, the answer is a report, no exception.
 
     Args:
         img_folder: the folder of pictures.
@@ -623,7 +771,10 @@ def check_dataset(img_folder: str | os.PathLike, ann_file: str | os.PathLike, nu
     except (OSError, ValueError) as error:
         report.add("json", str(error).removeprefix(f"{ann_file}: "))
         return report
-    entries = {section: _check_entries(report, section, content) for section in ("categories", "images", "annotations")}
+    entries = {
+        section: _check_entries(report, section, content)
+        for section in ("categories", "images", "annotations")
+    }
     categories = _check_categories(report, entries["categories"])
     images = _check_images(report, entries["images"])
     sizes = _check_pictures(report, images, progress)
@@ -632,7 +783,7 @@ def check_dataset(img_folder: str | os.PathLike, ann_file: str | os.PathLike, nu
     _count(report, entries, images, categories, boxes, sizes)
     return report
 
-# %% ../nbs/01_data.ipynb #26a0e3fa
+# %% ../nbs/01_data.ipynb #b9cdc7cb
 def _check_entries(report: Report, section: str, content: dict) -> list[dict]:
     """Return the dictionaries of a section whose id can be used and has not been used before."""
     entries, seen, good = content.get(section), set(), []
@@ -645,10 +796,19 @@ def _check_entries(report: Report, section: str, content: dict) -> list[dict]:
         if fault:
             report.add("id" if isinstance(entry, dict) else "entry", f"{section}[{index}] {fault}")
         elif entry["id"] in seen and section != "annotations":
-            report.add("id repeats", f"{section}[{index}] has id {entry['id']} again", **({where: entry["id"]} if where else {}))
+            report.add(
+                "id repeats",
+                f"{section}[{index}] has id {entry['id']} again",
+                **({where: entry["id"]} if where else {}),
+            )
         else:
             if section == "annotations" and (entry["id"] in seen or entry["id"] == 0):
-                report.add("annotation id", f"{section}[{index}] has id {entry['id']}" + (" again" if entry["id"] in seen else ""), annotation=entry["id"])
+                report.add(
+                    "annotation id",
+                    f"{section}[{index}] has id {entry['id']}"
+                    + (" again" if entry["id"] in seen else ""),
+                    annotation=entry["id"],
+                )
             seen.add(entry["id"])
             good.append(entry)
     return good
@@ -671,13 +831,16 @@ def _check_categories(report: Report, entries: list[dict]) -> dict[int, dict]:
     if report.num_classes is None:
         report.num_classes = max(0, max(categories)) + 1
         if 1000 + 10 * len(categories) < report.num_classes <= MOST_CLASSES:
-            report.add("sparse categories", f"{len(categories)} categories spread up to id {max(categories)}")
+            report.add(
+                "sparse categories",
+                f"{len(categories)} categories spread up to id {max(categories)}",
+            )
     return categories
 
 
 MOST_CLASSES = 100_000  # a class head with more rows than this is a numbering mistake
 
-
+# %% ../nbs/01_data.ipynb #66a84133
 def _check_images(report: Report, entries: list[dict]) -> dict[int, dict]:
     """Return the entries whose file name can be used, by id."""
     if not entries:
@@ -689,14 +852,22 @@ def _check_images(report: Report, entries: list[dict]) -> dict[int, dict]:
             report.add("entry", f"the picture {fault}", image=entry["id"])
             continue
         if entry["file_name"] in seen:
-            report.add("picture listed twice", f"the same file is image {seen[entry['file_name']]}", entry["file_name"], entry["id"])
+            report.add(
+                "picture listed twice",
+                f"the same file is image {seen[entry['file_name']]}",
+                entry["file_name"],
+                entry["id"],
+            )
         seen[entry["file_name"]] = entry["id"]
         images[entry["id"]] = entry
     return images
 
-# %% ../nbs/01_data.ipynb #f414ea31
-def _picture_sizes(img_folder: str, images: dict[int, dict], progress: bool) -> dict[int, tuple[int, int] | Exception]:
+# %% ../nbs/01_data.ipynb #e1b0cf8a
+def _picture_sizes(
+    img_folder: str, images: dict[int, dict], progress: bool
+) -> dict[int, tuple[int, int] | Exception]:
     """Decode every picture, several at a time: (width, height) as shown, or what went wrong."""
+
     def size(entry: dict) -> tuple[int, int] | Exception:
         try:
             return open_picture(os.path.join(img_folder, entry["file_name"])).size
@@ -710,28 +881,45 @@ def _picture_sizes(img_folder: str, images: dict[int, dict], progress: bool) -> 
         return dict(zip(images, found))
 
 
-def _check_pictures(report: Report, images: dict[int, dict], progress: bool) -> dict[int, tuple[int, int]]:
+def _check_pictures(
+    report: Report, images: dict[int, dict], progress: bool
+) -> dict[int, tuple[int, int]]:
     """Return (width, height) of the pictures that can be read, and compare them with the file."""
     sizes = {}
     for id, size in _picture_sizes(report.img_folder, images, progress).items():
         name, written = images[id]["file_name"], (images[id].get("width"), images[id].get("height"))
         if isinstance(size, Exception):
-            kind = "picture missing" if isinstance(size, FileNotFoundError) else "picture unreadable"
+            kind = (
+                "picture missing" if isinstance(size, FileNotFoundError) else "picture unreadable"
+            )
             path = os.path.join(report.img_folder, name)
             report.add(kind, str(size).removeprefix(f"{path}: ").partition(";")[0], name, id)
             continue
         sizes[id] = size
         if not all(_is_number(side) and side > 0 for side in written):
-            report.add("size unknown", f"the file gives width {_show(written[0])} and height {_show(written[1])}", name, id)
+            report.add(
+                "size unknown",
+                f"the file gives width {_show(written[0])} and height {_show(written[1])}",
+                name,
+                id,
+            )
         elif written != size:
             turned = " (is it rotated by its EXIF tag?)" if written == size[::-1] else ""
-            report.add("size disagrees", f"the file says {written[0]}×{written[1]}, the picture has {size[0]}×{size[1]}{turned}", name, id)
+            report.add(
+                "size disagrees",
+                f"the file says {written[0]}×{written[1]}, "
+                f"the picture has {size[0]}×{size[1]}{turned}",
+                name,
+                id,
+            )
         if max(size) > 20 * min(size):
             report.add("picture very long", f"{size[0]}×{size[1]} is more than 20 to 1", name, id)
     return sizes
 
-# %% ../nbs/01_data.ipynb #0dbd95fc
-def _check_annotations(report: Report, entries: list[dict], images: dict[int, dict], categories: dict[int, dict]) -> list[dict]:
+# %% ../nbs/01_data.ipynb #945011b5
+def _check_annotations(
+    report: Report, entries: list[dict], images: dict[int, dict], categories: dict[int, dict]
+) -> list[dict]:
     """Check every annotation by itself; return those with a picture and four numbers."""
     usable = []
     for entry in entries:
@@ -764,16 +952,24 @@ def _check_extras(report: Report, entry: dict, where: dict) -> None:
     if drawn is not None and drawn != [] and not _is_segmentation(drawn):
         report.add("segmentation", f"segmentation is {_show(drawn)}", **where)
 
-
+# %% ../nbs/01_data.ipynb #32705343
 def _is_segmentation(value: object) -> bool:
-    """True for lists of polygons with three points or more, and for dictionaries that look like RLE."""
+    """True for lists of polygons with three points or more, and for what looks like RLE."""
     if isinstance(value, dict):
-        return isinstance(value.get("counts"), (str, list)) and isinstance(value.get("size"), list) and len(value["size"]) == 2
+        return (
+            isinstance(value.get("counts"), (str, list))
+            and isinstance(value.get("size"), list)
+            and len(value["size"]) == 2
+        )
     return isinstance(value, list) and all(
-        isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 and all(map(_is_number, polygon)) for polygon in value
+        isinstance(polygon, list)
+        and len(polygon) >= 6
+        and len(polygon) % 2 == 0
+        and all(map(_is_number, polygon))
+        for polygon in value
     )
 
-# %% ../nbs/01_data.ipynb #ef70eb79
+# %% ../nbs/01_data.ipynb #e2418ad1
 def guess_box_format(boxes: Float[Tensor, "n 4"], sizes: Float[Tensor, "n 2"]) -> str:
     """Guess in which format the boxes of a whole file were written, from where they would lie.
 
@@ -782,7 +978,8 @@ def guess_box_format(boxes: Float[Tensor, "n 4"], sizes: Float[Tensor, "n 2"]) -
         sizes: (width, height) of each box's picture.
 
     Returns:
-        "xywh" (COCO's, whenever it is plausible), "xyxy" or "cxcywh", with "relative " in front if all are in 0..1.
+        "xywh" (COCO's, whenever it is plausible), "xyxy" or "cxcywh", with "relative " in front
+            if all are in 0..1.
     """
     if not len(boxes):
         return "xywh"
@@ -799,75 +996,149 @@ def guess_box_format(boxes: Float[Tensor, "n 4"], sizes: Float[Tensor, "n 2"]) -
                 return relative + box_format
     return relative + "xywh"
 
-# %% ../nbs/01_data.ipynb #c4a8c0ee
-def _boxes_and_sizes(entries: list[dict], images: dict[int, dict], sizes: dict[int, tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Stack the boxes that are not empty with the sizes of their pictures, as far as those are known."""
-    pairs = [(entry["bbox"], sizes[entry["image_id"]]) for entry in entries if entry["image_id"] in sizes and min(entry["bbox"][2:]) > 0]
+# %% ../nbs/01_data.ipynb #cfda6211
+def _boxes_and_sizes(
+    entries: list[dict], images: dict[int, dict], sizes: dict[int, tuple[int, int]]
+) -> tuple[Tensor, Tensor]:
+    """Stack the boxes that are not empty with the sizes of their pictures, where known."""
+    pairs = [
+        (entry["bbox"], sizes[entry["image_id"]])
+        for entry in entries
+        if entry["image_id"] in sizes and min(entry["bbox"][2:]) > 0
+    ]
     boxes, shapes = zip(*pairs) if pairs else ((), ())
-    return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.tensor(shapes, dtype=torch.float32).reshape(-1, 2)
+    return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.tensor(
+        shapes, dtype=torch.float32
+    ).reshape(-1, 2)
 
-
-def _check_boxes(report: Report, entries: list[dict], images: dict[int, dict], sizes: dict[int, tuple[int, int]]) -> None:
-    """Check where the boxes lie: first the format of the whole file, then, if that is COCO's, each box."""
+# %% ../nbs/01_data.ipynb #6093454c
+def _check_boxes(
+    report: Report, entries: list[dict], images: dict[int, dict], sizes: dict[int, tuple[int, int]]
+) -> None:
+    """Check the format of the whole file and then, if that is COCO's, where each box lies."""
     box_format = guess_box_format(*_boxes_and_sizes(entries, images, sizes))
     if box_format != "xywh":
-        example = next(entry for entry in entries if entry["image_id"] in sizes and min(entry["bbox"][2:]) > 0)
-        report.add("box format", f"the boxes of this file look like {FORMATS[box_format]}, as in {_show(example['bbox'])}; "
-                   "COCO wants x, y, width, height in pixels", image=example["image_id"], annotation=example["id"])
+        example = next(
+            entry for entry in entries if entry["image_id"] in sizes and min(entry["bbox"][2:]) > 0
+        )
+        report.add(
+            "box format",
+            f"the boxes look like {FORMATS[box_format]}, as in {_show(example['bbox'])}; "
+            "COCO wants x, y, width, height in pixels",
+            image=example["image_id"],
+            annotation=example["id"],
+        )
         return
     for entry in entries:
         if entry["image_id"] not in sizes:
             continue
-        image, (x, y, w, h), (width, height) = images[entry["image_id"]], entry["bbox"], sizes[entry["image_id"]]
-        box, where = f"the box {_show(entry['bbox'])}", {"image": entry["image_id"], "annotation": entry["id"], "file": image["file_name"]}
+        image, (x, y, w, h), (width, height) = (
+            images[entry["image_id"]],
+            entry["bbox"],
+            sizes[entry["image_id"]],
+        )
+        box, where = (
+            f"the box {_show(entry['bbox'])}",
+            {"image": entry["image_id"], "annotation": entry["id"], "file": image["file_name"]},
+        )
         if w <= 0 or h <= 0:
             report.add("box without area", f"{box} has no area", **where)
         elif _fits_only(entry["bbox"], (width, height), (image.get("width"), image.get("height"))):
-            report.add("boxes for another size", f"{box} leaves the picture of {width}×{height} but fits "
-                       f"{image['width']}×{image['height']}, the size in the file", **where)
+            report.add(
+                "boxes for another size",
+                f"{box} leaves the picture of {width}×{height} but fits "
+                f"{image['width']}×{image['height']}, the size in the file",
+                **where,
+            )
         elif x >= width or y >= height or x + w <= 0 or y + h <= 0:
-            report.add("box without area", f"{box} lies wholly outside the picture of {width}×{height}", **where)
+            report.add(
+                "box without area",
+                f"{box} lies wholly outside the picture of {width}×{height}",
+                **where,
+            )
         elif min(x, y) < -1 or x + w > width + 1 or y + h > height + 1:
             report.add("box outside", f"{box} leaves the picture of {width}×{height}", **where)
 
 
 def _fits_only(box: list[int | float], size: tuple[int, int], written: tuple) -> bool:
-    """True if a box leaves the picture to the right or below, but not the size that the file gives for it."""
+    """True if a box leaves the picture to the right or below, but not the size in the file."""
     right, bottom = box[0] + box[2], box[1] + box[3]
     leaves = right > size[0] + 1 or bottom > size[1] + 1
-    return leaves and all(map(_is_number, written)) and right <= written[0] + 1 and bottom <= written[1] + 1
+    return (
+        leaves
+        and all(map(_is_number, written))
+        and right <= written[0] + 1
+        and bottom <= written[1] + 1
+    )
 
-
+# %% ../nbs/01_data.ipynb #384db0e2
 FORMATS = {
-    "xyxy": "x0, y0, x1, y1 in pixels", "cxcywh": "centre x, centre y, width, height in pixels",
-    "relative xywh": "x, y, width, height in 0..1", "relative xyxy": "x0, y0, x1, y1 in 0..1",
+    "xyxy": "x0, y0, x1, y1 in pixels",
+    "cxcywh": "centre x, centre y, width, height in pixels",
+    "relative xywh": "x, y, width, height in 0..1",
+    "relative xyxy": "x0, y0, x1, y1 in 0..1",
     "relative cxcywh": "centre x, centre y, width, height in 0..1",
 }
 
-# %% ../nbs/01_data.ipynb #9cd98d82
-def _count(report: Report, entries: dict, images: dict[int, dict], categories: dict[int, dict], boxes: list[dict], sizes: dict) -> None:
-    """Fill in the counts, the class table and the histogram; find pictures with no box or too many."""
+# %% ../nbs/01_data.ipynb #f8bc58cd
+def _count(
+    report: Report,
+    entries: dict,
+    images: dict[int, dict],
+    categories: dict[int, dict],
+    boxes: list[dict],
+    sizes: dict,
+) -> None:
+    """Fill in counts, class table and histogram; find pictures with no box or too many."""
     kept = [entry for entry in boxes if not entry.get("iscrowd", 0) and min(entry["bbox"][2:]) > 0]
     per_image = Counter(entry["image_id"] for entry in kept)
     for id, entry in images.items():
         if not per_image[id]:
             report.add("no boxes", "the picture has no usable box", entry["file_name"], id)
         if report.num_queries is not None and per_image[id] > report.num_queries:
-            report.add("too many boxes", f"{per_image[id]} boxes, but there are {report.num_queries} queries", entry["file_name"], id)
+            report.add(
+                "too many boxes",
+                f"{per_image[id]} boxes, but there are {report.num_queries} queries",
+                entry["file_name"],
+                id,
+            )
     report.counts = {
-        "pictures": len(images), "annotations": len(entries["annotations"]),
-        "crowds": sum(bool(entry.get("iscrowd", 0)) for entry in entries["annotations"]), "boxes": len(kept),
-        "most_boxes": max(per_image.values(), default=0), "pictures_without_boxes": sum(not per_image[id] for id in images),
+        "pictures": len(images),
+        "annotations": len(entries["annotations"]),
+        "crowds": sum(bool(entry.get("iscrowd", 0)) for entry in entries["annotations"]),
+        "boxes": len(kept),
+        "most_boxes": max(per_image.values(), default=0),
+        "pictures_without_boxes": sum(not per_image[id] for id in images),
     }
-    pairs = {(entry["category_id"], entry["image_id"]) for entry in kept if _is_id(entry.get("category_id"))}
-    in_pictures, in_boxes = Counter(category for category, _ in pairs), Counter(_show(entry.get("category_id")) for entry in kept)
-    report.classes = {id: {"name": entry["name"] if isinstance(entry.get("name"), str) else _show(entry.get("name")),
-                           "boxes": in_boxes[str(id)], "pictures": in_pictures[id]} for id, entry in categories.items()}
+    pairs = {
+        (entry["category_id"], entry["image_id"])
+        for entry in kept
+        if _is_id(entry.get("category_id"))
+    }
+    in_pictures, in_boxes = (
+        Counter(category for category, _ in pairs),
+        Counter(_show(entry.get("category_id")) for entry in kept),
+    )
+    report.classes = {
+        id: {
+            "name": entry["name"]
+            if isinstance(entry.get("name"), str)
+            else _show(entry.get("name")),
+            "boxes": in_boxes[str(id)],
+            "pictures": in_pictures[id],
+        }
+        for id, entry in categories.items()
+    }
     edges = [0, 8, 16, 32, 64, 128, 256, 512, math.inf]
     sides = [math.sqrt(entry["bbox"][2] * entry["bbox"][3]) for entry in kept]
-    report.box_sides = {f"{low}–{high}" if high < math.inf else f"from {low}": sum(low <= side < high for side in sides) for low, high in zip(edges, edges[1:])}
+    report.box_sides = {
+        f"{low}–{high}" if high < math.inf else f"from {low}": sum(
+            low <= side < high for side in sides
+        )
+        for low, high in zip(edges, edges[1:])
+    }
 
-# %% ../nbs/01_data.ipynb #0a3b8007
+# %% ../nbs/01_data.ipynb #690e17fd
 @dataclass(frozen=True)
 class Repair:
     """A mended annotation file and the sentences that say what was changed."""
@@ -877,52 +1148,76 @@ class Repair:
 
     def __str__(self) -> str:
         shown = [f"  {change}" for change in self.changes[:20]]
-        rest = [f"  … and {len(self.changes) - 20:,} more, in {CHANGES_FILE}"] * (len(self.changes) > 20)
+        rest = [f"  … and {len(self.changes) - 20:,} more, in {CHANGES_FILE}"] * (
+            len(self.changes) > 20
+        )
         return "\n".join([f"{len(self.changes):,} changes in {self.path.name}:", *shown, *rest])
 
 
 CHANGES_FILE = "changes.txt"
 
+# %% ../nbs/01_data.ipynb #d373e7f0
+def repair(
+    img_folder: str | os.PathLike,
+    ann_file: str | os.PathLike,
+    out: str | os.PathLike,
+    progress: bool = True,
+) -> Repair:
+    """Write a mended copy of an annotation file into a new folder; nothing else is touched.
 
-def repair(img_folder: str | os.PathLike, ann_file: str | os.PathLike, out: str | os.PathLike, progress: bool = True) -> Repair:
-    """Write a mended copy of an annotation file into a new folder; the original and the pictures stay as they are.
-
-    Mended: ids that are no whole numbers or repeat, entries for pictures that are missing or unreadable, annotations
-    that cannot be used, the box format of the whole file, boxes outside or without area, sizes, area, iscrowd.
-    Left to you: boxes made for a picture of another size, pictures with too many boxes, long pictures, segmentations.
+    Mended: ids that are no whole numbers or repeat, entries for pictures that are missing or
+    unreadable, annotations that cannot be used, the box format of the whole file, boxes outside
+    or without area, sizes, area, iscrowd. Left to you: boxes made for a picture of another size,
+    pictures with too many boxes, long pictures, segmentations.
 
     Returns:
-        The path of the copy, and every change as a sentence; the same sentences are in `changes.txt` beside it.
+        The path of the copy, and every change as a sentence; they are in `changes.txt` as well.
 
     Raises:
         FileExistsError: if `out` exists.
-        FileNotFoundError, ValueError: if the file is missing, or broken beyond repair (no JSON dictionary, no list of images).
+        FileNotFoundError, ValueError: if the file is missing, or broken beyond repair.
     """
     out = Path(out)
     if out.exists():
-        raise FileExistsError(f"{out}: this exists already, and a repair never overwrites; name a new folder.")
+        raise FileExistsError(
+            f"{out}: this exists already, and a repair never overwrites; name a new folder."
+        )
     content = read_json(ann_file)
     if not isinstance(content.get("images"), list):
-        raise ValueError(f'{ann_file}: there is no list "images", so nothing can be mended; export the file again.')
+        raise ValueError(
+            f'{ann_file}: there is no list "images", so nothing can be mended; export it again.'
+        )
     changes: list[str] = []
     images, image_ids = _mend_ids("image", content["images"], changes)
     images, sizes = _mend_images(img_folder, images, changes, progress)
-    categories, category_ids = _mend_ids("category", content.get("categories"), changes, MOST_CLASSES)
+    categories, category_ids = _mend_ids(
+        "category", content.get("categories"), changes, MOST_CLASSES
+    )
     for entry in categories:
-        category_ids.setdefault(_key(entry.get("name")), entry["id"])  # some tools write names for ids
-    annotations = _mend_references(content.get("annotations"), images, image_ids, categories, category_ids, changes)
+        category_ids.setdefault(
+            _key(entry.get("name")), entry["id"]
+        )  # some tools write names for ids
+    annotations = _mend_references(
+        content.get("annotations"), images, image_ids, categories, category_ids, changes
+    )
     annotations = _mend_boxes(annotations, images, sizes, changes)
-    mended = content | {"images": list(images.values()), "annotations": annotations, "categories": categories}
+    mended = content | {
+        "images": list(images.values()),
+        "annotations": annotations,
+        "categories": categories,
+    }
     try:
         text = json.dumps(mended)
     except RecursionError:
-        raise ValueError(f"{ann_file}: its lists are nested too deeply to be written again; export the file anew.") from None
+        raise ValueError(
+            f"{ann_file}: its lists are nested too deeply to be written; export the file anew."
+        ) from None
     out.mkdir(parents=True)
     (out / Path(ann_file).name).write_text(text, encoding="utf-8")
     (out / CHANGES_FILE).write_text("".join(f"{change}\n" for change in changes), encoding="utf-8")
     return Repair(out / Path(ann_file).name, changes)
 
-# %% ../nbs/01_data.ipynb #7c42b88e
+# %% ../nbs/01_data.ipynb #3d8c507f
 def _key(id: object) -> str:
     """An id of any JSON type as text, so that 1 and "1" stay apart and lists can be looked up."""
     return f"str {id}" if isinstance(id, str) else f"{type(id).__name__} {_show(id)}"
@@ -930,18 +1225,32 @@ def _key(id: object) -> str:
 
 def _whole(id: object) -> int | None:
     """Read 3, 3.0, "3" as 3, and anything else as None."""
-    if isinstance(id, str) and id.strip().isdecimal() and len(id) < 18 or isinstance(id, float) and id.is_integer():
+    if (
+        isinstance(id, str)
+        and id.strip().isdecimal()
+        and len(id) < 18
+        or isinstance(id, float)
+        and id.is_integer()
+    ):
         id = int(id)
     return id if _is_id(id) else None
 
 
-def _mend_ids(what: str, entries: object, changes: list[str], limit: int = 2**63) -> tuple[list[dict], dict[str, int]]:
-    """Give every entry a whole-number id of its own, below `limit`; return them and the new id by the old one's key."""
+def _mend_ids(
+    what: str, entries: object, changes: list[str], limit: int = 2**63
+) -> tuple[list[dict], dict[str, int]]:
+    """Give every entry a whole-number id of its own, below `limit`.
+
+    Returns the entries, and the new id by the old one's `_key`.
+    """
+    plural = {"category": "categories", "image": "images"}[what]
     if not isinstance(entries, list):
-        changes.append(f"there was no list of {'categories' if what == 'category' else 'images'}; an empty one is there now")
+        changes.append(f"there was no list of {plural}; an empty one is there now")
         return [], {}
     mended, new_ids = [], {}
-    taken = {entry["id"] for entry in entries if isinstance(entry, dict) and _is_id(entry.get("id"))}
+    taken = {
+        entry["id"] for entry in entries if isinstance(entry, dict) and _is_id(entry.get("id"))
+    }
     free = (id for id in itertools.count(1) if id not in taken)
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
@@ -952,7 +1261,11 @@ def _mend_ids(what: str, entries: object, changes: list[str], limit: int = 2**63
             changes.append(f"{what} entry {index} was dropped: it repeats the id {_show(old)}")
             continue
         new = _whole(old)
-        if new is None or (what == "category" and not 0 <= new < limit) or (new in taken and not _is_id(old)):
+        if (
+            new is None
+            or (what == "category" and not 0 <= new < limit)
+            or (new in taken and not _is_id(old))
+        ):
             new = next(free)
         taken.add(new)
         if "id" in entry:
@@ -962,42 +1275,81 @@ def _mend_ids(what: str, entries: object, changes: list[str], limit: int = 2**63
         mended.append(entry | {"id": new})
     return mended, new_ids
 
-# %% ../nbs/01_data.ipynb #79f91687
-def _mend_images(img_folder: str | os.PathLike, entries: list[dict], changes: list[str], progress: bool) -> tuple[dict, dict]:
-    """Drop entries without a readable picture; return the others by id, and the sizes of their pictures."""
+# %% ../nbs/01_data.ipynb #f0fd2cb7
+def _mend_images(
+    img_folder: str | os.PathLike, entries: list[dict], changes: list[str], progress: bool
+) -> tuple[dict, dict]:
+    """Drop entries without a readable picture; return the others by id, and their sizes."""
     images, sizes = {}, {}
     named = {entry["id"]: entry for entry in entries if not _fault(entry, "file_name")}
-    changes += [f"image {entry['id']} was dropped: it {_fault(entry, 'file_name')}" for entry in entries if entry["id"] not in named]
+    changes += [
+        f"image {entry['id']} was dropped: it {_fault(entry, 'file_name')}"
+        for entry in entries
+        if entry["id"] not in named
+    ]
     for id, size in _picture_sizes(os.fspath(img_folder), named, progress).items():
         if isinstance(size, Exception):
             reason = "is missing" if isinstance(size, FileNotFoundError) else "cannot be read"
-            changes.append(f"image {id} was dropped: the picture {_show(named[id]['file_name'])} {reason}")
+            changes.append(
+                f"image {id} was dropped: the picture {_show(named[id]['file_name'])} {reason}"
+            )
         else:
             images[id], sizes[id] = named[id], size
     return images, sizes
 
-
-def _mend_references(entries: object, images: dict, image_ids: dict, categories: list[dict], category_ids: dict, changes: list[str]) -> list[dict]:
-    """Point every annotation to its picture and category by the new ids; drop those without picture or box."""
+# %% ../nbs/01_data.ipynb #6e68001e
+def _mend_references(
+    entries: object,
+    images: dict,
+    image_ids: dict,
+    categories: list[dict],
+    category_ids: dict,
+    changes: list[str],
+) -> list[dict]:
+    """Point annotations to picture and category by the new ids; drop those that have none."""
     kept, seen = [], {0}
     known = {entry["id"] for entry in categories}
     if not isinstance(entries, list):
         changes.append("there was no list of annotations; an empty one is there now")
     for index, entry in enumerate(entries if isinstance(entries, list) else []):
-        fault = _fault(entry, "bbox") or _fault(entry, "category_id") and not isinstance(entry.get("category_id"), (str, float)) and "has no category"
-        image = None if fault else image_ids.get(_key(entry.get("image_id")), _whole(entry.get("image_id")))
-        category = None if fault else category_ids.get(_key(entry["category_id"]), _whole(entry["category_id"]))
+        fault = (
+            _fault(entry, "bbox")
+            or _fault(entry, "category_id")
+            and not isinstance(entry.get("category_id"), (str, float))
+            and "has no category"
+        )
+        image = (
+            None
+            if fault
+            else image_ids.get(_key(entry.get("image_id")), _whole(entry.get("image_id")))
+        )
+        category = (
+            None
+            if fault
+            else category_ids.get(_key(entry["category_id"]), _whole(entry["category_id"]))
+        )
         if fault or image not in images or category is None or not 0 <= category < MOST_CLASSES:
-            changes.append(f"annotation entry {index} was dropped: it {fault or 'points to no usable picture or category'}")
+            changes.append(
+                f"annotation entry {index} was dropped: it {fault or 'has no picture or class'}"
+            )
             continue
         if category not in known:
             known.add(category)
             categories.append({"id": category, "name": f"class {category}"})
-            changes.append(f'category {category} was added as "class {category}": annotations use it')
+            changes.append(
+                f'category {category} was added as "class {category}": annotations use it'
+            )
         id = _whole(entry.get("id"))
-        new = entry | {"id": id if id is not None and id not in seen else max(seen) + 1, "image_id": image, "category_id": category}
-        changes += [f"annotation entry {index}: {key} {_show(entry.get(key))} became {new[key]}"
-                    for key in ("id", "image_id", "category_id") if entry.get(key) is not new[key] and entry.get(key) != new[key]]
+        new = entry | {
+            "id": id if id is not None and id not in seen else max(seen) + 1,
+            "image_id": image,
+            "category_id": category,
+        }
+        changes += [
+            f"annotation entry {index}: {key} {_show(entry.get(key))} became {new[key]}"
+            for key in ("id", "image_id", "category_id")
+            if entry.get(key) is not new[key] and entry.get(key) != new[key]
+        ]
         seen.add(new["id"])
         kept.append(new)
     for entry in categories:
@@ -1006,44 +1358,62 @@ def _mend_references(entries: object, images: dict, image_ids: dict, categories:
             changes.append(f'category {entry["id"]} is now called "{entry["name"]}"')
     return kept
 
-# %% ../nbs/01_data.ipynb #51244bf6
+# %% ../nbs/01_data.ipynb #3c220227
 def _mend_boxes(entries: list[dict], images: dict, sizes: dict, changes: list[str]) -> list[dict]:
-    """Convert the file's boxes to COCO's format, cut them at the border, drop the empty ones; mend sizes and extras."""
+    """Convert boxes to COCO's format, cut them at the border, drop empty ones; mend sizes."""
     boxes = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float64).reshape(-1, 4)
-    sides = torch.tensor([sizes[entry["image_id"]] for entry in entries], dtype=torch.float64).reshape(-1, 2)
+    sides = torch.tensor(
+        [sizes[entry["image_id"]] for entry in entries], dtype=torch.float64
+    ).reshape(-1, 2)
     filled = (boxes[:, 2:] > 0).all(dim=1)
     relative, _, box_format = guess_box_format(boxes[filled], sides[filled]).rpartition(" ")
     if relative or box_format != "xywh":
         boxes = box_convert(boxes, box_format, "xywh") * (sides.repeat(1, 2) if relative else 1)
-        changes.append(f"all boxes were read as {FORMATS[f'{relative} {box_format}'.strip()]} and converted")
+        changes.append(
+            f"all boxes were read as {FORMATS[f'{relative} {box_format}'.strip()]} and converted"
+        )
     elsewhere = {  # what to do with boxes for a picture of another size is not ours to guess
-        entry["image_id"] for entry, box in zip(entries, boxes.tolist())
-        if _fits_only(box, sizes[entry["image_id"]], tuple(images[entry["image_id"]].get(side) for side in ("width", "height")))
+        entry["image_id"]
+        for entry, box in zip(entries, boxes.tolist())
+        if _fits_only(
+            box,
+            sizes[entry["image_id"]],
+            tuple(images[entry["image_id"]].get(side) for side in ("width", "height")),
+        )
     }
     for id, entry in images.items():
         if id not in elsewhere and [entry.get("width"), entry.get("height")] != list(sizes[id]):
-            changes.append(f"image {id}: width and height are now those of the picture, {sizes[id][0]}×{sizes[id][1]}")
+            changes.append(f"image {id}: width and height are now the picture's own, {sizes[id]}")
             images[id] = entry | {"width": sizes[id][0], "height": sizes[id][1]}
     kept = []
     for entry, box in zip(entries, boxes.tolist()):
-        new = entry | {"bbox": box} if box != [float(number) for number in entry["bbox"]] else dict(entry)
+        new = (
+            entry | {"bbox": box}
+            if box != [float(number) for number in entry["bbox"]]
+            else dict(entry)
+        )
         if entry["image_id"] not in elsewhere:
             new = _cut_box(new, sizes[entry["image_id"]], changes)
         if new is not None:
             kept.append(_mend_extras(new, changes))
     return kept
 
-# %% ../nbs/01_data.ipynb #168265c2
+# %% ../nbs/01_data.ipynb #95acd62a
 def _cut_box(entry: dict, size: tuple[int, int], changes: list[str]) -> dict | None:
     """Cut a box at the picture's border; None if nothing is left of it."""
     x, y, w, h = entry["bbox"]
     x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, size[0]), min(y + h, size[1])
     if w <= 0 or h <= 0 or x1 <= x0 or y1 <= y0:
-        changes.append(f"annotation {entry['id']} was dropped: nothing of its box {_show(entry['bbox'])} lies in the picture")
+        changes.append(
+            f"annotation {entry['id']} was dropped: "
+            f"nothing of its box {_show(entry['bbox'])} lies in the picture"
+        )
         return None
     if (x0, y0, x1, y1) == (x, y, x + w, y + h):
         return entry
-    changes.append(f"annotation {entry['id']}: the box {_show(entry['bbox'])} was cut at the border")
+    changes.append(
+        f"annotation {entry['id']}: the box {_show(entry['bbox'])} was cut at the border"
+    )
     return {**entry, "bbox": [x0, y0, x1 - x0, y1 - y0]}
 
 
@@ -1051,8 +1421,14 @@ def _mend_extras(entry: dict, changes: list[str]) -> dict:
     """Make area a positive number and iscrowd 0 or 1."""
     crowd, area = entry.get("iscrowd", 0), entry.get("area")
     if type(crowd) is not int or crowd not in (0, 1):
-        entry["iscrowd"] = int(crowd in (True, 1, "1", "true", "True")) if isinstance(crowd, (bool, float, int, str)) else 0
-        changes.append(f"annotation {entry['id']}: iscrowd {_show(crowd)} became {entry['iscrowd']}")
+        entry["iscrowd"] = (
+            int(crowd in (True, 1, "1", "true", "True"))
+            if isinstance(crowd, (bool, float, int, str))
+            else 0
+        )
+        changes.append(
+            f"annotation {entry['id']}: iscrowd {_show(crowd)} became {entry['iscrowd']}"
+        )
     if not _is_number(area) or area <= 0:
         entry["area"] = entry["bbox"][2] * entry["bbox"][3]
         changes.append(f"annotation {entry['id']}: area is now that of the box, {entry['area']:g}")
