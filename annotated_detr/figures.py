@@ -361,7 +361,7 @@ def _compress(image: ElementTree.Element) -> None:
     image.set("href", f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}")
     image.set("preserveAspectRatio", "none")
 
-# %% ../nbs/figures.ipynb #7ab12cd1
+# %% ../nbs/figures.ipynb #2a0f9169
 #: The digits of a letter such as "H0" are set as subscripts.
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
@@ -410,7 +410,7 @@ def _subscripted(word: str) -> str:
     return re.sub(r"(?<=[A-Za-z])\d+", lambda digits: digits[0].translate(SUBSCRIPTS), word)
 
 
-def _one_each(things: str, n: int, given: str, values: Sequence | None) -> None:
+def _one_each(things: str, n: int, given: str, values: Sequence | Tensor | None) -> None:
     """Refuse a list that does not have one value for each thing."""
     if values is not None and len(values) != n:
         raise ValueError(f"There are {n} {things} but {len(values)} {given}: give one for each.")
