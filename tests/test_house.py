@@ -430,3 +430,24 @@ def test_lock_files_fit_the_bounds(lock):
     if lock == "lock-oldest.txt":
         assert locked["torch"] == ["2.11.0"] and locked["torchvision"] == ["0.26.0"]
     assert text.count("--hash=sha256:") > len(locked)
+
+
+def test_make_says_what_it_needs_when_python_is_too_old(tmp_path):
+    import os
+    import shutil
+
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("make is not installed")
+    (tmp_path / "book").mkdir()
+    for name in ("Makefile", "pyproject.toml", "book/lock.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("python3", "python3.11", "python3.12", "python3.13", "python"):
+        (tools / name).write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.18\nexit 1\n', encoding="utf8")
+        (tools / name).chmod(0o755)
+    path = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "PYTHON")}
+    done = subprocess.run([make, "test"], cwd=tmp_path, capture_output=True, text=True, env={**path, "PATH": str(tools)})
+    assert done.returncode != 0
+    assert "needs Python 3.11 or newer" in done.stdout and "Python 3.8.18" in done.stdout and "Traceback" not in done.stderr
