@@ -17,9 +17,9 @@ from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from .matcher import HungarianMatcher, check_batch
 
-# %% ../nbs/08_loss.ipynb #4d2f47a1
+# %% ../nbs/08_loss.ipynb #d518f3e0
 class Matched(NamedTuple):
-    """All matches of a batch in one flat list: entry i says which query of which picture answers for which true box.
+    """All matches of a batch: entry i tells which query of which picture answers for which box.
 
     `target` counts through the true boxes of all pictures, as if they had been concatenated.
     """
@@ -30,70 +30,76 @@ class Matched(NamedTuple):
 
 
 def flatten_matches(
-    matches: Sequence[tuple[Int64[Tensor, "_"], Int64[Tensor, "_"]]], device: torch.device | str = "cpu"
+    matches: Sequence[tuple[Int64[Tensor, "_"], Int64[Tensor, "_"]]],
+    device: torch.device | str = "cpu",
 ) -> Matched:
-    """Turn the matcher's answer, one pair per picture, into indices for the whole batch, on `device` in one copy."""
+    """Turn the matcher's pairs, one per picture, into indices for the batch, moved in one copy."""
     rows, offset = [], 0
     for position, (query, target) in enumerate(matches):
         rows.append(torch.stack([torch.full_like(query, position), query, target + offset]))
         offset += len(target)
     return Matched(*torch.cat(rows, dim=1).to(device))
 
-# %% ../nbs/08_loss.ipynb #201f47e9
+# %% ../nbs/08_loss.ipynb #2e6be675
 def classification_loss(
-    logits: Float[Tensor, "B N classes"],
-    target_classes: Int64[Tensor, "B N"],
-    class_weight: Float[Tensor, " classes"],
-    weight_sum: Float[Tensor, ""],
+    logits: Float[Tensor, "B N classes"], target_classes: Int64[Tensor, "B N"],
+    class_weight: Float[Tensor, " classes"], weight_sum: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
-    """Cross-entropy over every query, each weighted by its target class, divided by `weight_sum` (Equation 2, first term).
+    """Cross-entropy of every query, weighted by its target class (Equation 2, first term).
 
     Args:
-        logits: scores for K classes and, last, no-object (K + 1 columns).
+        logits: scores for K classes and, in the last of K + 1 columns, for no-object.
         target_classes: the class that each query should say; K for no-object.
         class_weight: 1 for the classes and a small number for no-object.
-        weight_sum: what to divide by; with one process and one batch, the sum of the weights of all targets.
+        weight_sum: what to divide by: the sum of the weights of all targets of the step.
     """
-    losses = F.cross_entropy(logits.float().flatten(0, 1), target_classes.flatten(), class_weight, reduction="sum")
-    return losses / weight_sum
+    flat = logits.float().flatten(0, 1), target_classes.flatten()
+    return F.cross_entropy(*flat, class_weight, reduction="sum") / weight_sum
 
-
+# %% ../nbs/08_loss.ipynb #dfd90d76
 def box_losses(
-    boxes: Float[Tensor, "matched 4"], target_boxes: Float[Tensor, "matched 4"], num_boxes: Float[Tensor, ""]
+    boxes: Float[Tensor, "matched 4"], target_boxes: Float[Tensor, "matched 4"],
+    num_boxes: Float[Tensor, ""],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """L1 distance and 1 - GIoU of matched boxes, each summed and divided by `num_boxes` (Section 3.1, Appendix A.2).
+    """L1 distance and 1 - GIoU of matched boxes, summed and divided by `num_boxes` (Appendix A.2).
 
-    Boxes are (cx, cy, w, h) in 0..1. Without any match both are zero and still know their way back to the boxes.
+    Boxes are (cx, cy, w, h) in 0..1. Without any match both losses are zero and still know their
+    way back to the predictions.
     """
     boxes, target_boxes = boxes.float(), target_boxes.float()
     distance = F.l1_loss(boxes, target_boxes, reduction="sum")
-    # No epsilon: a true box has an area, so no denominator is zero, and small boxes are not distorted.
-    giou = generalized_box_iou_loss(
-        box_convert(boxes, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy"), reduction="sum", eps=0
-    )
+    corners = (box_convert(b, "cxcywh", "xyxy") for b in (boxes, target_boxes))
+    # No epsilon: a true box has an area, so no denominator is 0, and tiny boxes stay undistorted.
+    giou = generalized_box_iou_loss(*corners, reduction="sum", eps=0)
     return distance / num_boxes, giou / num_boxes
 
-# %% ../nbs/08_loss.ipynb #65e3dae6
+# %% ../nbs/08_loss.ipynb #f0230d89
 @torch.no_grad()
-def class_error(logits: Float[Tensor, "matched classes"], labels: Int64[Tensor, " matched"]) -> Float[Tensor, ""]:
-    """Percentage of matched queries whose highest score is not their box's class; answering no-object counts as wrong.
+def class_error(
+    logits: Float[Tensor, "matched classes"], labels: Int64[Tensor, " matched"]
+) -> Float[Tensor, ""]:
+    """Percentage of matched queries whose highest score is not their class; 0 if none is matched.
 
-    0 if nothing is matched.
+    Answering no-object counts as wrong.
     """
     wrong = (logits.argmax(-1) != labels).float()
     return 100 * wrong.sum() / max(len(labels), 1)
 
 
 @torch.no_grad()
-def cardinality_error(logits: Float[Tensor, "B N classes"], num_boxes: Float[Tensor, " B"]) -> Float[Tensor, ""]:
-    """By how many boxes the pictures' counts are off on average: queries that do not say no-object, against true boxes."""
-    said_object = logits.argmax(-1) != logits.shape[-1] - 1
-    return (said_object.sum(1).float() - num_boxes).abs().mean()
+def cardinality_error(
+    logits: Float[Tensor, "B N classes"], num_boxes: Float[Tensor, " B"]
+) -> Float[Tensor, ""]:
+    """By how many a picture's queries that claim an object differ from its boxes, on average."""
+    claims = logits.argmax(-1) != logits.shape[-1] - 1
+    return (claims.sum(1).float() - num_boxes).abs().mean()
 
-# %% ../nbs/08_loss.ipynb #5e91322f
+# %% ../nbs/08_loss.ipynb #ba614cb6
 @torch.no_grad()
-def foreground_accuracy(logits: Float[Tensor, "matched classes"], labels: Int64[Tensor, " matched"]) -> Float[Tensor, ""]:
-    """Percentage of matched queries whose best class is right when no-object is left out of the contest.
+def foreground_accuracy(
+    logits: Float[Tensor, "matched classes"], labels: Int64[Tensor, " matched"]
+) -> Float[Tensor, ""]:
+    """Percentage of matched queries whose best class, no-object left out, is their box's class.
 
     It moves long before `class_error` does. 100 if nothing is matched.
     """
@@ -106,7 +112,7 @@ def no_object_share(logits: Float[Tensor, "B N classes"]) -> Float[Tensor, ""]:
     """Percentage of all queries whose highest score is no-object."""
     return 100 * (logits.argmax(-1) == logits.shape[-1] - 1).float().mean()
 
-# %% ../nbs/08_loss.ipynb #c8573fea
+# %% ../nbs/08_loss.ipynb #dad3b7a5
 class Normalizer(NamedTuple):
     """What the losses of one optimiser step are divided by."""
 
@@ -119,13 +125,13 @@ def step_normalizer(
 ) -> Normalizer:
     """Count the true boxes and add up the class weights of a whole optimiser step.
 
-    With several processes, each counts its own targets and gets the sum over all of them divided by their number:
-    gradients that are averaged over processes then equal those of one process that saw every picture.
+    Of several processes, each gets the sum over all of them divided by their number: gradients that
+    are averaged over processes then equal those of one process that saw every picture.
 
     Args:
-        targets: of every picture that this process sees before the optimiser steps, all micro-batches together.
+        targets: of every picture that this process sees in the step, all micro-batches together.
         num_queries: N, the queries of each picture.
-        class_weight: `SetCriterion.empty_weight`, one weight per class and the last for no-object.
+        class_weight: `SetCriterion.empty_weight`, a weight per class and the last for no-object.
     """
     labels = torch.cat([target["labels"] for target in targets])
     unmatched = num_queries * len(targets) - len(labels)
@@ -134,45 +140,44 @@ def step_normalizer(
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(totals)
         processes = distributed.get_world_size()
-    # Nothing to divide by (no box at all, or no weight at all) must not become a division by zero.
+    # A step without any box, or without any weight, must not divide by zero.
     return Normalizer(totals[0].clamp(min=1) / processes, totals[1].clamp(min=1e-6) / processes)
 
-# %% ../nbs/08_loss.ipynb #cd3914c0
+# %% ../nbs/08_loss.ipynb #f5244c56
 def layer_losses(
     outputs: dict[str, Any], targets: Sequence[dict[str, Any]], matched: Matched,
     class_weight: Float[Tensor, " classes"], normalizer: Normalizer, losses: Sequence[str],
 ) -> dict[str, Float[Tensor, ""]]:
     """The losses of one decoder layer whose queries have been matched."""
-    logits, boxes, answers = outputs["pred_logits"], outputs["pred_boxes"], (matched.picture, matched.query)
+    logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+    answers = matched.picture, matched.query
     labels = torch.cat([target["labels"] for target in targets])[matched.target]
     values = {}
     if "labels" in losses:
-        no_object = logits.shape[-1] - 1
-        target_classes = torch.full(logits.shape[:2], no_object, device=logits.device)
-        target_classes[answers] = labels
-        values["loss_ce"] = classification_loss(logits, target_classes, class_weight, normalizer.weight_sum)
+        classes = torch.full(logits.shape[:2], logits.shape[-1] - 1, device=logits.device)
+        classes[answers] = labels  # all others keep no-object
+        divisor = normalizer.weight_sum
+        values["loss_ce"] = classification_loss(logits, classes, class_weight, divisor)
         values["class_error"] = class_error(logits[answers], labels)
     if "boxes" in losses:
         true_boxes = torch.cat([target["boxes"] for target in targets])[matched.target]
-        values["loss_bbox"], values["loss_giou"] = box_losses(boxes[answers], true_boxes, normalizer.num_boxes)
+        distance, giou = box_losses(boxes[answers], true_boxes, normalizer.num_boxes)
+        values |= {"loss_bbox": distance, "loss_giou": giou}
     if "cardinality" in losses:
-        num_boxes = torch.tensor([float(len(target["labels"])) for target in targets], device=logits.device)
-        values["cardinality_error"] = cardinality_error(logits, num_boxes)
+        counts = torch.tensor([float(len(target["labels"])) for target in targets])
+        values["cardinality_error"] = cardinality_error(logits, counts.to(logits.device))
     return values
 
-# %% ../nbs/08_loss.ipynb #c975eb10
+# %% ../nbs/08_loss.ipynb #d30c0bbb
 class SetCriterion(nn.Module):
-    """DETR's training loss: match, then compare each query with what it was matched to (Section 3.1, Equation 2).
+    """DETR's loss: match, then compare each query with its match (Section 3.1, Equation 2).
 
     Args:
         num_classes: K, the number of classes without no-object (largest category id + 1).
-        matcher: called as `matcher(outputs, targets)`; gives one `(query_index, target_index)` per picture.
+        matcher: `matcher(outputs, targets)` is a (query_index, target_index) for each picture.
         weight_dict: the weight of each loss in the total, by name.
         eos_coef: the weight of no-object in the classification, 0.1 in the paper.
-        losses: which to compute, from "labels", "boxes" and "cardinality".
-
-    Raises:
-        ValueError: if a name in `losses` is unknown.
+        losses: which to compute, from "labels", "boxes" and "cardinality"; others: ValueError.
     """
 
     def __init__(
@@ -182,67 +187,68 @@ class SetCriterion(nn.Module):
         super().__init__()
         for name in losses:
             if name not in ("labels", "boxes", "cardinality"):
-                raise ValueError(f"There is no loss called {name!r} here: choose from 'labels', 'boxes' and 'cardinality'.")
+                raise ValueError(
+                    f"There is no loss called {name!r}: choose 'labels', 'boxes', 'cardinality'."
+                )
         self.num_classes, self.matcher, self.weight_dict = num_classes, matcher, weight_dict
         self.eos_coef, self.losses = eos_coef, list(losses)
         self.register_buffer("empty_weight", torch.tensor([1.0] * num_classes + [float(eos_coef)]))
 
     def forward(
-        self, outputs: dict[str, Any], targets: Sequence[dict[str, Any]], normalizer: Normalizer | None = None
+        self, outputs: dict[str, Any], targets: Sequence[dict[str, Any]],
+        normalizer: Normalizer | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
-        """Every loss of every decoder layer, by name; those of layer i but the last end in `_i`.
+        """Every loss of every decoder layer; names of layer i but the last end in `_i`.
 
-        `normalizer`, made by `step_normalizer`, is for optimiser steps that have more batches than this one.
-        Raises what `check_batch` raises, and ValueError if the model's number of classes is not the criterion's.
+        `normalizer`, from `step_normalizer`, is for optimiser steps of more than this batch. Raises
+        what `check_batch` raises, and ValueError if the model has another number of classes.
         """
         check_batch(outputs, targets)
         num_queries, num_scores = outputs["pred_logits"].shape[1:]
-        class_weight = self.empty_weight.to(outputs["pred_logits"].device)
         if num_scores != self.num_classes + 1:
             raise ValueError(
-                f"The model scores {num_scores - 1} classes and the loss expects {self.num_classes}: "
-                "build both with the same num_classes (largest category id + 1)."
+                f"The model scores {num_scores - 1} classes and the loss expects "
+                f"{self.num_classes}: build both with the same num_classes (largest id + 1)."
             )
-        if normalizer is None:
-            normalizer = step_normalizer(targets, num_queries, class_weight)
-        auxiliary = {f"_{layer}": of_layer for layer, of_layer in enumerate(outputs.get("aux_outputs", []))}
-        values = {}
-        for suffix, of_layer in {"": outputs, **auxiliary}.items():
-            matched = flatten_matches(self.matcher(of_layer, targets), class_weight.device)
-            losses = layer_losses(of_layer, targets, matched, class_weight, normalizer, self.losses)
+        class_weight = self.empty_weight.to(outputs["pred_logits"].device)
+        normalizer = normalizer or step_normalizer(targets, num_queries, class_weight)
+        auxiliary = enumerate(outputs.get("aux_outputs", []))
+        layers, values = {"": outputs} | {f"_{i}": layer for i, layer in auxiliary}, {}
+        for suffix, layer in layers.items():
+            matched = flatten_matches(self.matcher(layer, targets), class_weight.device)
+            losses = layer_losses(layer, targets, matched, class_weight, normalizer, self.losses)
             values |= {name + suffix: value for name, value in losses.items()}
-        return {name: value for name, value in values.items() if not name.startswith("class_error_")}
+        return {name: v for name, v in values.items() if not name.startswith("class_error_")}
 
     def total(self, losses: dict[str, Float[Tensor, ""]]) -> Float[Tensor, ""]:
-        """The number to call `backward` on: the losses that `forward` returned, weighted by `weight_dict`."""
+        """The number to call `backward` on: what `forward` returned, weighted by `weight_dict`."""
         return weighted_sum(losses, self.weight_dict)
 
-# %% ../nbs/08_loss.ipynb #7c64bbd1
+# %% ../nbs/08_loss.ipynb #e07570c0
 def weighted_sum(
     losses: dict[str, Float[Tensor, ""]], weight_dict: dict[str, int | float]
 ) -> Float[Tensor, ""]:
-    """Every loss that has a weight, times its weight, added up. What has no weight is only for looking at.
-
-    Raises:
-        ValueError: if no loss has a weight.
-    """
+    """Every loss that has a weight, times its weight, added up; ValueError if none has one."""
     weighted = [weight_dict[name] * value for name, value in losses.items() if name in weight_dict]
     if not weighted:
-        raise ValueError(f"None of the losses {sorted(losses)} has a weight: weight_dict knows {sorted(weight_dict)}.")
+        raise ValueError(
+            f"None of the losses {sorted(losses)} has a weight: "
+            f"weight_dict has {sorted(weight_dict)}."
+        )
     return torch.stack(weighted).sum()
 
-# %% ../nbs/08_loss.ipynb #6278eeaf
+# %% ../nbs/08_loss.ipynb #5596ee94
 def build_criterion(
     num_classes: int, num_decoder_layers: int = 6, eos_coef: int | float = 0.1,
     ce_weight: int | float = 1, bbox_weight: int | float = 5, giou_weight: int | float = 2,
 ) -> SetCriterion:
-    """Matcher and loss with one set of weights, the paper's by default (Appendix A.4), the same for every decoder layer.
+    """Matcher and loss with the same weights in every layer, by default the paper's (Appendix A.4).
 
     Args:
         num_classes: K, without no-object.
-        num_decoder_layers: L; the first L - 1 are trained on when the model returns `aux_outputs`.
+        num_decoder_layers: L; all are trained on when the model returns `aux_outputs`.
         eos_coef: weight of no-object in the classification.
-        ce_weight, bbox_weight, giou_weight: of classification, L1 and GIoU, in the matching cost and in the loss.
+        ce_weight, bbox_weight, giou_weight: of class, L1 and GIoU, in the cost and in the loss.
     """
     weights = {"loss_ce": ce_weight, "loss_bbox": bbox_weight, "loss_giou": giou_weight}
     suffixes = ["", *(f"_{layer}" for layer in range(num_decoder_layers - 1))]

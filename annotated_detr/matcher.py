@@ -13,20 +13,21 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou
 
-# %% ../nbs/07_matcher.ipynb #c16b8c53
+# %% ../nbs/07_matcher.ipynb #3caff44c
 def matching_cost(
     logits: Float[Tensor, "N classes"], boxes: Float[Tensor, "N 4"],
     labels: Int64[Tensor, " n"], target_boxes: Float[Tensor, "n 4"],
     cost_class: int | float = 1, cost_bbox: int | float = 1, cost_giou: int | float = 1,
 ) -> Float[Tensor, "N n"]:
-    """What it would cost each query of one picture to answer for each of its boxes (Section 3.1, below Equation 1).
+    """What each query of a picture would cost as the answer for each of its boxes (Section 3.1).
 
     Everything is computed in float32, whatever the precision of the forward pass was.
 
     Args:
-        logits: scores of N queries for K classes and, in the last of the K + 1 columns, for no-object.
+        logits: scores of N queries for K classes and, in the last of K + 1 columns, for no-object.
         boxes: the N predicted boxes, (cx, cy, w, h) in 0..1 of the picture.
-        labels, target_boxes: the picture's n true boxes in the same form, and their classes, each in 0..K-1.
+        labels: classes of the picture's n true boxes, each in 0..K-1.
+        target_boxes: the n true boxes, in the form of `boxes`.
         cost_class, cost_bbox, cost_giou: weights of the three terms.
 
     Returns:
@@ -35,39 +36,17 @@ def matching_cost(
     boxes, target_boxes = boxes.float(), target_boxes.float()
     probability = logits.float().softmax(-1)
     distance = torch.cdist(boxes, target_boxes, p=1)
-    overlap = generalized_box_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy"))
+    corners = (box_convert(b, "cxcywh", "xyxy") for b in (boxes, target_boxes))
+    overlap = generalized_box_iou(*corners)
     return cost_bbox * distance - cost_class * probability[:, labels] - cost_giou * overlap
 
-# %% ../nbs/07_matcher.ipynb #beab87cc
+# %% ../nbs/07_matcher.ipynb #8e0daaf4
 def picture_name(position: int, target: dict[str, Any]) -> str:
-    """How an error message calls a picture: its place in the batch, counted from 0, and its `image_id` if it has one."""
+    """What messages call a picture: its place in the batch, from 0, and its `image_id` if known."""
     name = f"picture {position} of the batch"
     return f"{name} (image_id {int(target['image_id'])})" if "image_id" in target else name
 
-# %% ../nbs/07_matcher.ipynb #c311703a
-def check_batch(outputs: dict[str, Any], targets: Sequence[dict[str, Any]]) -> None:
-    """Stop with one sentence if predictions or targets cannot be matched; the host waits for the device once.
-
-    Args:
-        outputs: `pred_logits` [B, N, K+1] and `pred_boxes` [B, N, 4].
-        targets: one dictionary per picture with `labels` int64 [n] and `boxes` [n, 4], (cx, cy, w, h) in 0..1.
-
-    Raises:
-        TypeError: labels that are not int64, or boxes that are not floats.
-        ValueError: anything else that is wrong; the sentence names the picture, the box and the cure.
-    """
-    logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
-    _check_shapes(logits, targets)
-    labels = torch.cat([target["labels"] for target in targets])
-    truth = torch.cat([target["boxes"] for target in targets])
-    sick_picture = ~(logits.isfinite().flatten(1).all(1) & boxes.isfinite().flatten(1).all(1))
-    sick_label = (labels < 0) | (labels >= logits.shape[2] - 1)
-    # A NaN fails every comparison, so it counts as outside. Rounding may carry a box a hair over the edge.
-    sick_box = ~((truth >= -SLACK) & (truth <= 1 + SLACK)).all(1) | ~(truth[:, 2:] > 0).all(1)
-    if torch.cat([sick_picture, sick_label, sick_box]).any():  # the only place where the host waits for the device
-        raise ValueError(_diagnosis(sick_picture, sick_label, sick_box, targets, num_classes=logits.shape[2] - 1))
-
-# %% ../nbs/07_matcher.ipynb #a1c3580f
+# %% ../nbs/07_matcher.ipynb #dc0fe4cf
 def _check_shapes(logits: Float[Tensor, "B N classes"], targets: Sequence[dict[str, Any]]) -> None:
     """Everything about the targets that is known without looking at their values."""
     if len(targets) != len(logits) or not targets:
@@ -79,64 +58,106 @@ def _check_shapes(logits: Float[Tensor, "B N classes"], targets: Sequence[dict[s
         name = f"The target of {picture_name(position, target)}"
         missing = sorted({"labels", "boxes"} - target.keys())
         if missing:
-            raise ValueError(f"{name} has no {' and no '.join(missing)}: give labels [n] and boxes [n, 4].")
-        labels, boxes = target["labels"], target["boxes"]
-        if labels.dtype != torch.int64 or not boxes.is_floating_point():
-            raise TypeError(f"{name} has {labels.dtype} labels and {boxes.dtype} boxes: give labels.long() and boxes.float().")
-        if labels.ndim != 1 or boxes.shape != (len(labels), 4):
-            raise ValueError(
-                f"{name} has labels of shape {list(labels.shape)} and boxes of shape {list(boxes.shape)}: "
-                "they must be [n] and [n, 4], and without any box [0] and [0, 4]."
-            )
-        if len(labels) > logits.shape[1]:
-            raise ValueError(
-                f"{name} has {len(labels)} boxes and the model has {logits.shape[1]} queries, each of which can answer for one box: "
-                f"build the model with num_queries={len(labels)} or more, or leave the picture out."
-            )
-        if {labels.device, boxes.device} != {logits.device}:
-            raise ValueError(f"{name} is on {boxes.device} and the predictions are on {logits.device}: move it there first.")
+            raise ValueError(f"{name} has no {' and no '.join(missing)}: give both.")
+        _check_target(name, target["labels"], target["boxes"], logits)
 
-# %% ../nbs/07_matcher.ipynb #5269cb4a
-SLACK = 1e-4  # how far rounding may carry a box over the edge of its picture, in picture sizes
-
-
-def _diagnosis(
-    sick_picture: Bool[Tensor, " B"], sick_label: Bool[Tensor, " total"], sick_box: Bool[Tensor, " total"],
-    targets: Sequence[dict[str, Any]], num_classes: int,
-) -> str:
-    """The sentence for the first thing that is wrong; here speed no longer matters."""
-    owners = [(position, index) for position, target in enumerate(targets) for index in range(len(target["labels"]))]
-    if sick_label.any():
-        position, index = owners[int(sick_label.nonzero()[0])]
-        return (
-            f"Box {index} of {picture_name(position, targets[position])} has label {int(targets[position]['labels'][index])}, "
-            f"but a model of {num_classes} classes knows 0 to {num_classes - 1}: "
-            "build it with num_classes = largest category id + 1, or renumber the categories."
+# %% ../nbs/07_matcher.ipynb #8f4e8ef1
+def _check_target(name: str, labels: Tensor, boxes: Tensor, logits: Tensor) -> None:
+    """Dtypes, shapes, number and device of one picture's labels and boxes."""
+    N, n = logits.shape[1], len(labels)
+    if labels.dtype != torch.int64 or not boxes.is_floating_point():
+        raise TypeError(
+            f"{name} has {labels.dtype} labels and {boxes.dtype} boxes: "
+            "give labels.long() and boxes.float()."
         )
-    if sick_box.any():
-        position, index = owners[int(sick_box.nonzero()[0])]
-        return f"Box {index} of {picture_name(position, targets[position])} {_box_cure(targets[position]['boxes'][index])}"
-    position = int(sick_picture.nonzero()[0])
-    return (
-        f"The predictions for {picture_name(position, targets[position])} are not finite: look for a learning rate that is "
-        "too high, a picture that is all padding, or half precision where float32 is needed."
-    )
+    if labels.ndim != 1 or boxes.shape != (n, 4):
+        raise ValueError(
+            f"{name} has labels of shape {list(labels.shape)} and boxes of shape "
+            f"{list(boxes.shape)}: they must be [n] and [n, 4], and without any box [0] and [0, 4]."
+        )
+    if n > N:
+        raise ValueError(
+            f"{name} has {n} boxes and the model has {N} queries, and each answers for one: "
+            f"build the model with num_queries={n} or more, or leave the picture out."
+        )
+    if {labels.device, boxes.device} != {logits.device}:
+        raise ValueError(
+            f"{name} is on {boxes.device} and the predictions are on {logits.device}: "
+            "move it there first."
+        )
 
-# %% ../nbs/07_matcher.ipynb #f3ba44ee
+# %% ../nbs/07_matcher.ipynb #95137a29
+SLACK = 1e-4  # how far rounding may carry a box over the edge, in sizes of the picture
+
+
 def _box_cure(box: Float[Tensor, "4"]) -> str:
-    """What is wrong with a true box that is not (cx, cy, w, h) in 0..1 with an area, and what to do."""
+    """What is wrong with a true box that is not (cx, cy, w, h) in 0..1, and what to do."""
     values = "[" + ", ".join(f"{value:.4g}" for value in box.tolist()) + "]"
     if not box.isfinite().all():
         return f"is {values}, which is not finite: repair or drop the annotation."
     if (box > 1 + SLACK).any():
-        return f"is {values}, which looks like pixels: divide by the picture's width and height to get (cx, cy, w, h) in 0..1."
+        return (
+            f"is {values}, which looks like pixels: "
+            "divide by the picture's width and height to get (cx, cy, w, h) in 0..1."
+        )
     if (box[2:] <= 0).any():
-        return f"is {values}, a box without area: drop it, and check that boxes are (cx, cy, w, h) and not corners."
+        return (
+            f"is {values}, a box without area: "
+            "drop it, and check that boxes are (cx, cy, w, h) and not corners."
+        )
     return f"is {values}, with its centre outside the picture: boxes are (cx, cy, w, h) in 0..1."
 
-# %% ../nbs/07_matcher.ipynb #437ebd8a
+# %% ../nbs/07_matcher.ipynb #933c491e
+def _diagnosis(
+    sick_picture: Bool[Tensor, " B"], sick_label: Bool[Tensor, " total"],
+    sick_box: Bool[Tensor, " total"], targets: Sequence[dict[str, Any]], num_classes: int,
+) -> str:
+    """The sentence for the first thing that is wrong; here speed no longer matters."""
+    names = [picture_name(position, target) for position, target in enumerate(targets)]
+    sizes = [len(target["labels"]) for target in targets]
+    owners = [(at, index) for at, size in enumerate(sizes) for index in range(size)]
+    if sick_label.any():
+        at, index = owners[int(sick_label.nonzero()[0])]
+        return (
+            f"Box {index} of {names[at]} has label {int(targets[at]['labels'][index])}, "
+            f"but a model of {num_classes} classes knows 0 to {num_classes - 1}: "
+            "build it with num_classes = largest category id + 1, or renumber the categories."
+        )
+    if sick_box.any():
+        at, index = owners[int(sick_box.nonzero()[0])]
+        return f"Box {index} of {names[at]} {_box_cure(targets[at]['boxes'][index])}"
+    return (
+        f"The predictions for {names[int(sick_picture.nonzero()[0])]} are not finite: look for a "
+        "learning rate that is too high, or half precision where float32 is needed."
+    )
+
+# %% ../nbs/07_matcher.ipynb #cd662737
+def check_batch(outputs: dict[str, Any], targets: Sequence[dict[str, Any]]) -> None:
+    """Stop with one sentence if predictions and targets cannot be matched.
+
+    Args:
+        outputs: `pred_logits` [B, N, K+1] and `pred_boxes` [B, N, 4].
+        targets: B dictionaries with `labels` int64 [n] and `boxes` [n, 4], (cx, cy, w, h) in 0..1.
+
+    Raises:
+        TypeError: if labels are not int64, or boxes are not floats.
+        ValueError: if anything else is wrong; the sentence names the picture, the box and the cure.
+    """
+    logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+    _check_shapes(logits, targets)
+    labels = torch.cat([target["labels"] for target in targets])
+    truth = torch.cat([target["boxes"] for target in targets])
+    sick_picture = ~(logits.isfinite().flatten(1).all(1) & boxes.isfinite().flatten(1).all(1))
+    sick_label = (labels < 0) | (labels >= logits.shape[2] - 1)
+    inside = (truth >= -SLACK) & (truth <= 1 + SLACK)  # a NaN fails every comparison
+    sick_box = ~inside.all(1) | ~(truth[:, 2:] > 0).all(1)
+    if torch.cat([sick_picture, sick_label, sick_box]).any():  # the host waits here, and once
+        num_classes = logits.shape[2] - 1
+        raise ValueError(_diagnosis(sick_picture, sick_label, sick_box, targets, num_classes))
+
+# %% ../nbs/07_matcher.ipynb #73248f7b
 class HungarianMatcher(nn.Module):
-    """The cheapest one-to-one assignment of queries to true boxes, picture by picture (Section 3.1, Equation 1).
+    """The cheapest assignment of one query to each true box, by picture (Section 3.1, Equation 1).
 
     Args:
         cost_class: weight of minus the probability of the true class.
@@ -147,10 +168,15 @@ class HungarianMatcher(nn.Module):
         ValueError: if all three weights are zero.
     """
 
-    def __init__(self, cost_class: int | float = 1, cost_bbox: int | float = 1, cost_giou: int | float = 1):
+    def __init__(
+        self, cost_class: int | float = 1, cost_bbox: int | float = 1, cost_giou: int | float = 1
+    ):
         super().__init__()
         if cost_class == 0 and cost_bbox == 0 and cost_giou == 0:
-            raise ValueError("All weights of the matching cost are zero, so no query is better than another: set one of them.")
+            raise ValueError(
+                "All weights of the matching cost are zero, so no query is better than another: "
+                "give one of them a value."
+            )
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
 
     @torch.no_grad()
@@ -161,10 +187,10 @@ class HungarianMatcher(nn.Module):
 
         Args:
             outputs: `pred_logits` [B, N, K+1] and `pred_boxes` [B, N, 4], (cx, cy, w, h) in 0..1.
-            targets: B dictionaries with `labels` int64 [n] and `boxes` [n, 4]; n may differ and may be 0.
+            targets: B dictionaries with `labels` int64 [n] and `boxes` [n, 4]; n may be 0.
 
         Returns:
-            Per picture `(query_index, target_index)`: int64, on the CPU, of length n, sorted by query.
+            Per picture `(query_index, target_index)`: int64, length n, on the CPU, sorted by query.
 
         Raises:
             TypeError, ValueError: if `check_batch` refuses the predictions or the targets.
@@ -175,7 +201,8 @@ class HungarianMatcher(nn.Module):
             matching_cost(logits, boxes, target["labels"], target["boxes"], *weights)
             for logits, boxes, target in zip(outputs["pred_logits"], outputs["pred_boxes"], targets)
         ]
-        # The assignment is solved on the host: bring all pictures' costs there in one copy, then cut them apart.
-        costs = torch.cat(costs, dim=1).cpu().split([len(target["labels"]) for target in targets], dim=1)
+        # Assignments are solved on the host: all costs go there in one copy and are cut apart.
+        sizes = [len(target["labels"]) for target in targets]
+        costs = torch.cat(costs, dim=1).cpu().split(sizes, dim=1)
         assignments = [linear_sum_assignment(cost.numpy()) for cost in costs]
-        return [(torch.as_tensor(query), torch.as_tensor(target)) for query, target in assignments]
+        return [(torch.as_tensor(query), torch.as_tensor(box)) for query, box in assignments]

@@ -230,7 +230,7 @@ def test_micro_batches_equal_the_big_batch(cuts):
         start, total = start + size, total + loss.item()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-5)
-    assert total == pytest.approx(float(criterion.total(criterion(model(features), targets))), abs=1e-4)
+    assert total == pytest.approx(criterion.total(criterion(model(features), targets)).item(), abs=1e-4)
 
 
 COUNTS = {"both ranks have boxes": [3, 1, 1, 0], "rank 1 has no box": [2, 1, 0, 0], "one box in all": [0, 1, 0, 0], "no box at all": [0, 0, 0, 0]}
