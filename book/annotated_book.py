@@ -12,10 +12,12 @@ Writing pages: MathJax comes from the output's own `_static/vendor`, and nothing
 import ast
 import hashlib
 import importlib.metadata
+import inspect
 import os
 import re
 import shutil
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -263,9 +265,6 @@ def slim_output(app, exception):
 def source_signature(app, what, name, obj, options, signature, return_annotation):
     """Signatures as their source spells them: `Float[Tensor, "B N 4"]`, not the repr of a jaxtyping class."""
     target = obj.__init__ if isinstance(obj, type) else getattr(obj, "__wrapped__", obj)
-    import inspect
-    import textwrap
-
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(target))).body[0]
     except (TypeError, OSError, SyntaxError, IndexError):
@@ -276,7 +275,7 @@ def source_signature(app, what, name, obj, options, signature, return_annotation
     if what in ("class", "method") and arguments.args and arguments.args[0].arg in ("self", "cls"):
         del arguments.args[0]
     returns = None if isinstance(obj, type) or tree.returns is None else ast.unparse(tree.returns)
-    return f"({ast.unparse(arguments)})", returns
+    return (f"({ast.unparse(arguments)})".replace("'", '"'), returns and returns.replace("'", '"'))
 
 
 def setup(app):
