@@ -24,24 +24,23 @@ from tqdm import tqdm
 
 from .detr import PostProcess
 
-# %% ../nbs/09_evaluation.ipynb #ef437d09
+# %% ../nbs/09_evaluation.ipynb #5f704671
 def average_precision(correct: Bool[np.ndarray, " detections"], num_boxes: int) -> float:
     """Area under the precision-recall curve by COCO's 101-point rule.
 
     Args:
-        correct: for every detection, highest score first, whether it found a box that no better one had found.
+        correct: for every detection, best score first, whether it found a box still free.
         num_boxes: how many true boxes there are to find.
 
     Returns:
-        The mean over the recalls 0, 0.01, …, 1 of the best precision at that recall or a higher one; 0 for a recall never reached.
+        The mean over the recalls 0, 0.01, …, 1 of the best precision at that recall or a higher
+        one; 0 for a recall that is never reached.
 
     Raises:
-        ValueError: without true boxes, since there is nothing to average.
+        ValueError: without true boxes, since there is nothing to find.
     """
     if num_boxes < 1:
-        raise ValueError(
-            "Average precision needs at least one true box; without any there is nothing to find."
-        )
+        raise ValueError(f"num_boxes is {num_boxes}; without a true box there is nothing to find.")
     found = np.cumsum(correct)
     recall = found / num_boxes
     precision = found / np.arange(1, len(correct) + 1)
@@ -49,7 +48,17 @@ def average_precision(correct: Bool[np.ndarray, " detections"], num_boxes: int) 
     first_reaching = np.searchsorted(recall, np.linspace(0, 1, 101))
     return float(np.append(envelope, 0.0)[first_reaching].mean())
 
-# %% ../nbs/09_evaluation.ipynb #a061875a
+# %% ../nbs/09_evaluation.ipynb #7677b529
+def _silent_coco(images: list[dict], annotations: list[dict], category_ids: list[int]) -> COCO:
+    """A COCO object from lists; pycocotools would print while it builds its index."""
+    coco = COCO()
+    categories = [{"id": category_id} for category_id in category_ids]
+    coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+# %% ../nbs/09_evaluation.ipynb #06db617c
 COCO_SIZES = (32.0**2, 96.0**2)
 
 
@@ -57,25 +66,32 @@ def size_rule(thresholds: tuple[float, float]) -> str:
     """Says which objects count as small, medium and large.
 
     Args:
-        thresholds: the largest area that is small and the largest that is medium: square pixels, or, below 1, shares of the picture's area.
+        thresholds: the largest area that is small and the largest that is medium, in square
+            pixels of the original picture or, both below 1, as shares of its area.
 
     Raises:
-        ValueError: if the two do not grow or mix shares with pixels.
+        ValueError: if the two do not grow, or mix shares with pixels.
     """
     small, medium = thresholds
     if not 0 < small < medium or (small < 1) != (medium < 1):
         raise ValueError(
-            f"Size thresholds {thresholds} must be two growing areas, both in square pixels such as {COCO_SIZES} "
-            "or both shares of the picture's area such as (0.02, 0.1)."
+            f"Size thresholds {thresholds} must be two growing areas, both in square pixels "
+            f"such as {COCO_SIZES} or both shares of the picture's area such as (0.02, 0.1)."
         )
     if medium < 1:
-        return f"small up to {small:.3g}, medium up to {medium:.3g} of the picture's area"
-    return f"small up to {small:g}, medium up to {medium:g} square pixels"
+        return f"small up to {small:.3g} and medium up to {medium:.3g} of the picture's area"
+    return f"small up to {small:g} and medium up to {medium:g} square pixels"
 
-# %% ../nbs/09_evaluation.ipynb #143977c2
+# %% ../nbs/09_evaluation.ipynb #68468562
+TWELVE = (
+    *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
+    *("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"),
+)
+
+
 @dataclass
 class ClassScore:
-    """One class's share of the scores; `AP` and `AP50` are None where the class has no true box."""
+    """One class's share of the scores; `AP` and `AP50` are None where it has no true box."""
 
     id: int
     name: str
@@ -83,14 +99,15 @@ class ClassScore:
     AP: float | None
     AP50: float | None
 
-
+# %% ../nbs/09_evaluation.ipynb #be60129b
 @dataclass
 class Scores:
     """COCO's twelve numbers, the table by class, and what must be said along with them.
 
-    Each of the twelve lies between 0 and 1, or is None where no true box exists to measure it on. `AR100` allows `max_dets` boxes per picture, 100
-    unless asked otherwise; the numbers by size use `size_thresholds`. `batch_size` belongs to the result: a padded picture's features depend on
-    the pictures beside it.
+    Each of the twelve lies in 0..1, or is None where no true box exists to measure it on.
+    `AR100` allows `max_dets` boxes per picture, 100 unless asked otherwise; numbers by size
+    follow `size_thresholds`. `batch_size` belongs to the result, because padding leaks: a
+    picture's features depend on the pictures beside it.
     """
 
     AP: float | None
@@ -121,11 +138,11 @@ class Scores:
         return {name: getattr(self, name) for name in TWELVE}
 
     def to_dict(self) -> dict:
-        """Everything as plain Python: the twelve numbers, the table by class, and the settings."""
+        """Everything as plain Python: the twelve numbers, the table by class, the settings."""
         return asdict(self) | {"sizes": size_rule(self.size_thresholds)}
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The scores as JSON, where an unmeasured number is null, never NaN; also written to `path` if one is given."""
+        """Everything as JSON; also written to `path` if one is given."""
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
         if path is not None:
             Path(path).write_text(text + "\n")
@@ -134,25 +151,9 @@ class Scores:
     def __str__(self) -> str:
         return "\n".join(_report(self))
 
-
-TWELVE = (
-    "AP",
-    "AP50",
-    "AP75",
-    "AP_small",
-    "AP_medium",
-    "AP_large",
-    "AR1",
-    "AR10",
-    "AR100",
-    "AR_small",
-    "AR_medium",
-    "AR_large",
-)
-
-# %% ../nbs/09_evaluation.ipynb #631388b9
+# %% ../nbs/09_evaluation.ipynb #cead5d00
 def _shown(value: float | None) -> str:
-    return "   –" if value is None else f"{value:.3f}"
+    return "    –" if value is None else f"{value:.3f}"
 
 
 def _report(scores: Scores) -> Iterator[str]:
@@ -160,76 +161,58 @@ def _report(scores: Scores) -> Iterator[str]:
     for row in (TWELVE[:3], TWELVE[3:6], TWELVE[6:9], TWELVE[9:]):
         yield "   ".join(f"{name:9} {_shown(scores[name])}" for name in row)
     width = max([len(entry.name) for entry in scores.by_class] + [5])
-    yield ""
-    yield f"{'class':{width}}  {'boxes':>6}     AP   AP50"
+    yield f"\n{'class':{width}}   boxes     AP   AP50"
     for entry in scores.by_class:
-        yield f"{entry.name:{width}}  {entry.boxes:6}  {_shown(entry.AP):5}  {_shown(entry.AP50):5}"
-    yield ""
-    batch = "" if scores.batch_size is None else f", batches of {scores.batch_size}"
-    yield f"{scores.boxes} boxes in {scores.pictures} pictures{batch}; at most {scores.max_dets} detections a picture; {size_rule(scores.size_thresholds)}"
+        yield f"{entry.name:{width}}  {entry.boxes:6}  {_shown(entry.AP)}  {_shown(entry.AP50)}"
+    batch = "" if scores.batch_size is None else f", in batches of {scores.batch_size}"
+    yield f"\n{scores.boxes} boxes in {scores.pictures} pictures{batch}"
+    yield f"at most {scores.max_dets} detections; {size_rule(scores.size_thresholds)}"
 
-# %% ../nbs/09_evaluation.ipynb #eb5070b5
+# %% ../nbs/09_evaluation.ipynb #fcc06d18
 def _as_arrays(image_id: int, result: Mapping) -> dict[str, np.ndarray]:
-    """One picture's result as numpy arrays, or one sentence that says why it cannot be scored."""
-    missing = [name for name in ("scores", "labels", "boxes") if name not in result]
+    """One picture's result as arrays, or one sentence that says why it cannot be scored."""
+    names = ("scores", "labels", "boxes")
+    missing = [name for name in names if name not in result]
     if missing:
         raise ValueError(
-            f"The result for picture {image_id} has no {', '.join(missing)}; PostProcess returns scores, labels and boxes."
+            f"The result for picture {image_id} has no {', '.join(missing)}; "
+            "it needs scores, labels and boxes, as PostProcess returns them."
         )
-    scores = torch.as_tensor(result["scores"]).detach().double().cpu().numpy()
-    labels = torch.as_tensor(result["labels"]).detach().long().cpu().numpy()
-    boxes = torch.as_tensor(result["boxes"]).detach().double().cpu().numpy().reshape(-1, 4)
+    arrays = [torch.as_tensor(result[name]).detach().double().cpu().numpy() for name in names]
+    scores, labels, boxes = *arrays[:2], arrays[2].reshape(-1, 4)
     if not len(scores) == len(labels) == len(boxes):
         raise ValueError(
-            f"The result for picture {image_id} has {len(scores)} scores, {len(labels)} labels and {len(boxes)} boxes; it needs one of each."
+            f"The result for picture {image_id} has {len(scores)} scores, {len(labels)} labels "
+            f"and {len(boxes)} boxes; it needs one of each per detection."
         )
-    bad = ~np.isfinite(boxes).all(axis=1) | ~np.isfinite(scores)
-    if bad.any():
-        at = int(bad.argmax())
+    _check_boxes(image_id, scores, boxes)
+    return {"scores": scores, "labels": labels.astype(int), "boxes": boxes}
+
+
+def _check_boxes(image_id: int, scores: np.ndarray, boxes: np.ndarray) -> None:
+    for i in np.flatnonzero(~np.isfinite(boxes).all(1) | ~np.isfinite(scores)):
         raise ValueError(
-            f"Detection {at} of picture {image_id} is not finite (score {scores[at]}, box {boxes[at].tolist()}); look for NaN in the model's weights or output."
+            f"Detection {i} of picture {image_id} is not finite (score {scores[i]}, "
+            f"box {boxes[i].tolist()}); look for NaN in the model's weights or inputs."
         )
-    turned = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
-    if turned.any():
-        at = int(turned.argmax())
+    for i in np.flatnonzero((boxes[:, 2:] < boxes[:, :2]).any(1)):
         raise ValueError(
-            f"Box {at} of picture {image_id} ends before it begins: {boxes[at].tolist()}. "
-            "Boxes must be [x0, y0, x1, y1] in pixels of the original picture; convert other formats with torchvision.ops.box_convert."
+            f"Box {i} of picture {image_id} ends before it begins: {boxes[i].tolist()}. "
+            "Boxes must be [x0, y0, x1, y1] in pixels; torchvision.ops.box_convert helps."
         )
-    return {"scores": scores, "labels": labels, "boxes": boxes}
 
-# %% ../nbs/09_evaluation.ipynb #77cd6a90
-def _silent_coco(images: list[dict], annotations: list[dict], category_ids: list[int]) -> COCO:
-    """A COCO object from lists; pycocotools would print while it builds its index."""
-    coco = COCO()
-    coco.dataset = {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": i} for i in category_ids],
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
-
-
-def _mean(values: np.ndarray) -> float | None:
-    """The mean of what was measured: pycocotools marks with -1 what has no true box."""
-    measured = values[values > -1]
-    return float(measured.mean()) if measured.size else None
-
-# %% ../nbs/09_evaluation.ipynb #437e0640
+# %% ../nbs/09_evaluation.ipynb #bd6153a8
 class CocoScorer:
     """Collects a detector's results and scores them with pycocotools.
 
     Args:
-        coco_gt: the true boxes, a `pycocotools.coco.COCO` such as `CocoDetection.coco`. It is not changed.
-        category_ids: the classes to score; all of the file's if None. Detections of other classes are not counted.
+        coco_gt: the true boxes, a pycocotools `COCO` such as `CocoDetection.coco`; never changed.
+        category_ids: the classes to score, all of the file's if None; no other class counts.
         max_dets: how many detections of one class in one picture count, best first.
-        size_thresholds: the largest small and the largest medium area, in square pixels or, below 1, as shares of the picture's area; COCO's
-            32² and 96² if None.
+        size_thresholds: the largest small and the largest medium area, as in `size_rule`.
 
     Raises:
-        ValueError: if a category is unknown, `max_dets` is below 1, or the thresholds make no sense.
+        ValueError: if a category is unknown, or a setting makes no sense.
     """
 
     def __init__(
@@ -239,167 +222,132 @@ class CocoScorer:
         max_dets: int = 100,
         size_thresholds: tuple[float, float] | None = None,
     ):
-        self.coco_gt = coco_gt
-        self.category_ids = sorted(
-            coco_gt.getCatIds() if category_ids is None else set(category_ids)
-        )
-        unknown = sorted(set(self.category_ids) - set(coco_gt.getCatIds()))
-        if unknown:
-            raise ValueError(
-                f"Category {unknown[0]} is not among the ground truth's categories {sorted(coco_gt.getCatIds())}."
-            )
-        if max_dets < 1:
-            raise ValueError(
-                f"max_dets is {max_dets}; at least one detection a picture must count."
-            )
-        self.max_dets = max_dets
+        self.coco_gt, self.max_dets = coco_gt, max_dets
+        self.category_ids = sorted(coco_gt.cats if category_ids is None else set(category_ids))
         self.size_thresholds = tuple(size_thresholds or COCO_SIZES)
-        size_rule(self.size_thresholds)
         self.results: dict[int, dict[str, np.ndarray]] = {}
+        _check_settings(self)
 
     def update(self, predictions: Mapping[int, Mapping]) -> None:
-        """Takes the results of some pictures; a picture that comes again replaces its earlier result.
+        """Takes results, image id → scores, labels and boxes (x0y0x1y1 in original pixels).
 
-        Args:
-            predictions: image id → `{"scores", "labels", "boxes"}` with boxes x0y0x1y1 in pixels of the original picture, as `PostProcess` returns.
-
-        Raises:
-            ValueError: naming the picture, if its id is unknown or its result cannot be scored.
+        A picture that comes again replaces its earlier result. Raises ValueError, naming the
+        picture, if its id is unknown or its result cannot be scored.
         """
         for image_id, result in predictions.items():
-            if int(image_id) not in self.coco_gt.imgs:
-                raise ValueError(
-                    f"Picture {image_id} is not in the ground truth; its file lists {len(self.coco_gt.imgs)} other pictures."
-                )
-            self.results[int(image_id)] = _as_arrays(int(image_id), result)
+            if image_id not in self.coco_gt.imgs:
+                raise ValueError(f"Picture {image_id} is not in the ground truth; is it the right one?")
+            self.results[image_id] = _as_arrays(image_id, result)
 
     def merge(self) -> "CocoScorer":
-        """Shares the results among all processes of torch.distributed, so that each holds all of them; does nothing in a single process."""
+        """Gives every process of torch.distributed the results of all; alone, does nothing."""
         if dist.is_available() and dist.is_initialized():
             parts: list = [None] * dist.get_world_size()
             dist.all_gather_object(parts, self.results)
-            # A sampler may hand the same picture to two processes; the lowest rank's result counts, everywhere.
-            self.results = {
-                image_id: result for part in reversed(parts) for image_id, result in part.items()
-            }
+            # A sampler may hand one picture to two processes: everywhere the lowest rank's counts.
+            self.results = {i: result for part in reversed(parts) for i, result in part.items()}
         return self
 
     def rows(self) -> list[dict]:
-        """The results in COCO's results format, one row per detection: image_id, category_id, bbox [x, y, width, height], score."""
-        return [
-            {
-                "image_id": image_id,
-                "category_id": int(label),
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "score": float(score),
-            }
-            for image_id, result in sorted(self.results.items())
-            for score, label, (x0, y0, x1, y1) in zip(
-                result["scores"], result["labels"], result["boxes"].tolist()
-            )
-        ]
+        """COCO's results format: image_id, category_id, bbox [x, y, width, height], score."""
+        return [row for image_id in sorted(self.results) for row in _rows(self, image_id)]
 
     def score(self, image_ids: Iterable[int] | None = None) -> COCOeval:
-        """Runs pycocotools over some pictures (all of the ground truth if None); a picture without a result counts as one where nothing was found."""
-        image_ids = sorted(self.coco_gt.imgs if image_ids is None else set(image_ids))
-        truth, detections = _comparable(self, image_ids)
-        small, medium = self.size_thresholds
-        evaluation = COCOeval(truth, detections, "bbox")
-        evaluation.params.areaRng = [[0, 1e10], [0, small], [small, medium], [medium, 1e10]]
-        evaluation.params.maxDets = sorted({1, min(10, self.max_dets), self.max_dets})
-        with contextlib.redirect_stdout(io.StringIO()):
-            evaluation.evaluate()
-            evaluation.accumulate()
-        return evaluation
+        """Runs pycocotools on some pictures; on all of the ground truth's if None."""
+        ids = sorted(self.coco_gt.imgs if image_ids is None else set(image_ids))
+        return _run_pycocotools(*_comparable(self, ids), self.size_thresholds, self.max_dets)
 
     def summarize(self, image_ids: Iterable[int] | None = None) -> Scores:
-        """The scores over some pictures, all of the ground truth if None."""
-        evaluation = self.score(image_ids)
-        boxes = [a["category_id"] for a in evaluation.cocoGt.anns.values() if not a["iscrowd"]]
-        precision = evaluation.eval["precision"]
-        return Scores(
-            **_twelve_numbers(evaluation),
-            by_class=[
-                ClassScore(
-                    i,
-                    self.name_of(i),
-                    boxes.count(i),
-                    _mean(precision[:, :, k, 0, -1]),
-                    _mean(precision[0, :, k, 0, -1]),
-                )
-                for k, i in enumerate(self.category_ids)
-            ],
-            pictures=len(evaluation.cocoGt.imgs),
-            boxes=len(boxes),
-            max_dets=self.max_dets,
-            size_thresholds=self.size_thresholds,
-        )
+        """The scores on some pictures; all of the ground truth if None."""
+        return _summary(self, self.score(image_ids))
 
-    def name_of(self, category_id: int) -> str:
-        """The class's name in the ground truth, or its number where the file gives none."""
-        return str(self.coco_gt.cats[category_id].get("name", category_id))
+# %% ../nbs/09_evaluation.ipynb #daf6cef1
+def _check_settings(scorer: CocoScorer) -> None:
+    known = sorted(scorer.coco_gt.cats)
+    for category_id in scorer.category_ids:
+        if category_id not in known:
+            raise ValueError(f"Category {category_id} is not among the file's categories {known}.")
+    if scorer.max_dets < 1:
+        raise ValueError(f"max_dets is {scorer.max_dets}; at least one detection must count.")
+    size_rule(scorer.size_thresholds)
 
-# %% ../nbs/09_evaluation.ipynb #235ace6a
+
+def _rows(scorer: CocoScorer, image_id: int) -> Iterator[dict]:
+    columns = (scorer.results[image_id][name].tolist() for name in ("scores", "labels", "boxes"))
+    for score, label, (x0, y0, x1, y1) in zip(*columns):
+        bbox = [x0, y0, x1 - x0, y1 - y0]
+        yield {"image_id": image_id, "category_id": label, "bbox": bbox, "score": score}
+
+# %% ../nbs/09_evaluation.ipynb #ae607344
 def _comparable(scorer: CocoScorer, image_ids: list[int]) -> tuple[COCO, COCO]:
-    """Truth and detections as pycocotools wants them: copies, numbered from 1, nothing missing, areas in the unit of the size thresholds."""
-    images = [scorer.coco_gt.imgs[i] for i in image_ids]
+    """True and found boxes as pycocotools wants them: copies, complete, numbered from 1."""
+    images = [scorer.coco_gt.imgs[image_id] for image_id in image_ids]
     relative = scorer.size_thresholds[1] < 1
-    unit = {image["id"]: image["width"] * image["height"] if relative else 1 for image in images}
-    truth = []
-    for image_id in image_ids:
-        for annotation in scorer.coco_gt.imgToAnns.get(image_id, []):
-            if annotation["category_id"] in scorer.category_ids:
-                x, y, width, height = annotation["bbox"]
-                # pycocotools reads a matched id of 0 as "not matched", and needs iscrowd, which many files leave out.
-                truth.append(
-                    {
-                        "id": len(truth) + 1,
-                        "image_id": image_id,
-                        "category_id": annotation["category_id"],
-                        "bbox": [x, y, width, height],
-                        "area": annotation.get("area", width * height) / unit[image_id],
-                        "iscrowd": int(annotation.get("iscrowd", 0)),
-                    }
-                )
-    detections = [row for row in scorer.rows() if row["image_id"] in unit]
-    for number, row in enumerate(detections, 1):
-        row |= {
-            "id": number,
-            "area": row["bbox"][2] * row["bbox"][3] / unit[row["image_id"]],
-            "iscrowd": 0,
-        }
-    return _silent_coco(images, truth, scorer.category_ids), _silent_coco(
-        images, detections, scorer.category_ids
+    unit = {i["id"]: i["width"] * i["height"] if relative else 1 for i in images}
+    truth = [
+        annotation
+        for image_id in image_ids
+        for annotation in scorer.coco_gt.imgToAnns.get(image_id, [])
+        if annotation["category_id"] in scorer.category_ids
+    ]
+    results = [row for row in scorer.rows() if row["image_id"] in unit]
+    return tuple(
+        _silent_coco(
+            images, [_complete(row, i, unit) for i, row in enumerate(rows, 1)], scorer.category_ids
+        )
+        for rows in (truth, results)
     )
 
 
+def _complete(row: dict, number: int, unit: dict[int, float]) -> dict:
+    area = row.get("area", row["bbox"][2] * row["bbox"][3]) / unit[row["image_id"]]
+    return row | {"id": number, "area": area, "iscrowd": int(row.get("iscrowd", 0))}
+
+# %% ../nbs/09_evaluation.ipynb #2e05a373
+def _run_pycocotools(truth: COCO, results: COCO, sizes: tuple, max_dets: int) -> COCOeval:
+    evaluation = COCOeval(truth, results, "bbox")
+    small, medium = sizes
+    evaluation.params.areaRng = [[0, 1e10], [0, small], [small, medium], [medium, 1e10]]
+    evaluation.params.maxDets = sorted({1, min(10, max_dets), max_dets})
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """The mean of what was measured: pycocotools marks with -1 what has no true box."""
+    measured = values[values > -1]
+    return float(measured.mean()) if measured.size else None
+
+# %% ../nbs/09_evaluation.ipynb #6b10176e
 def _twelve_numbers(evaluation: COCOeval) -> dict[str, float | None]:
-    """COCO's summary, for any max_dets: pycocotools' own returns -1 for AP unless 100 detections are allowed."""
-    precision, recall, limits = (
-        evaluation.eval["precision"],
-        evaluation.eval["recall"],
-        evaluation.params.maxDets,
-    )
-    at_ten = limits.index(10) if 10 in limits else -1
-    return {
-        "AP": _mean(precision[..., 0, -1]),
-        "AP50": _mean(precision[0, ..., 0, -1]),
-        "AP75": _mean(precision[5, ..., 0, -1]),
-        "AP_small": _mean(precision[..., 1, -1]),
-        "AP_medium": _mean(precision[..., 2, -1]),
-        "AP_large": _mean(precision[..., 3, -1]),
-        "AR1": _mean(recall[..., 0, 0]),
-        "AR10": _mean(recall[..., 0, at_ten]),
-        "AR100": _mean(recall[..., 0, -1]),
-        "AR_small": _mean(recall[..., 1, -1]),
-        "AR_medium": _mean(recall[..., 2, -1]),
-        "AR_large": _mean(recall[..., 3, -1]),
-    }
+    precision = evaluation.eval["precision"]  # [thresholds, recalls, classes, sizes, limits]
+    recall = evaluation.eval["recall"]  # [thresholds, classes, sizes, limits]
+    slices = [precision[..., 0, -1], precision[0, ..., 0, -1], precision[5, ..., 0, -1]]
+    slices += [precision[..., size, -1] for size in (1, 2, 3)]
+    ten = min(1, recall.shape[-1] - 1)
+    slices += [recall[..., 0, 0], recall[..., 0, ten], recall[..., 0, -1]]
+    slices += [recall[..., size, -1] for size in (1, 2, 3)]
+    return dict(zip(TWELVE, map(_mean, slices), strict=True))
 
-# %% ../nbs/09_evaluation.ipynb #1fca3e5b
+
+def _summary(scorer: CocoScorer, evaluation: COCOeval) -> Scores:
+    truth, precision = evaluation.cocoGt, evaluation.eval["precision"][..., 0, -1]
+    labels = [a["category_id"] for a in truth.anns.values() if not a["iscrowd"]]
+    by_class = []
+    for k, category_id in enumerate(scorer.category_ids):
+        name = str(scorer.coco_gt.cats[category_id].get("name", category_id))
+        ap, ap50 = _mean(precision[:, :, k]), _mean(precision[0, :, k])
+        by_class.append(ClassScore(category_id, name, labels.count(category_id), ap, ap50))
+    counts = {"pictures": len(truth.imgs), "boxes": len(labels), "max_dets": scorer.max_dets}
+    numbers = _twelve_numbers(evaluation)
+    return Scores(**numbers, by_class=by_class, **counts, size_thresholds=scorer.size_thresholds)
+
+# %% ../nbs/09_evaluation.ipynb #786061f7
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Puts a model in eval mode inside the `with` block; afterwards each of its modules has the mode it had."""
+    """Puts a model in eval mode; after the `with` block every module has the mode it had."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -408,36 +356,33 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
         for module, training in modes.items():
             module.training = training
 
-# %% ../nbs/09_evaluation.ipynb #a9a1cae2
+# %% ../nbs/09_evaluation.ipynb #66723f7e
 def predict_batches(
     model: nn.Module,
     data_loader: Iterable,
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> Iterator[dict[int, dict]]:
-    """Runs a detector over a loader, in eval mode and without gradients, and yields each batch's results by picture.
+    """Runs a detector over a loader and yields each batch's results by picture.
 
     Args:
-        model: a `DETR`; its modules' train or eval modes are as before when the loop ends.
-        data_loader: yields `(NestedTensor, targets)`, as `collate_fn` makes them; each target names `image_id` and `orig_size`.
-        device: where the model is, and where the pictures go.
+        model: a `DETR` on `device`; in eval mode while the loop runs.
+        data_loader: yields `(NestedTensor, targets)`, as `collate_fn` makes them; every target has
+            `image_id` and `orig_size`.
+        device: where the pictures go.
         progress: whether to show a bar.
 
     Yields:
-        image id → `{"scores" [N], "labels" [N], "boxes" [N, 4]}` on the CPU: every query's best class, boxes x0y0x1y1 in pixels of the original picture.
+        image id → {"scores" [N], "labels" [N], "boxes" [N, 4]} on the CPU, for all N queries; boxes
+        are x0y0x1y1 in pixels of the original picture.
     """
     postprocess = PostProcess()
+    quiet = {} if progress else {"disable": True}
     with eval_mode(model):
-        for samples, targets in tqdm(
-            data_loader,
-            desc="evaluate",
-            unit="batch",
-            leave=False,
-            disable=None if progress else True,
-        ):
+        for samples, targets in tqdm(data_loader, "evaluate", unit="batch", leave=False, **quiet):
             with torch.inference_mode():
                 outputs = model(samples.to(device))
-                # The original size, never the padded one: boxes are relative to the picture without its padding.
+                # Boxes are relative to a picture without its padding: scale them by its own size.
                 sizes = torch.stack([torch.as_tensor(target["orig_size"]) for target in targets])
                 results = postprocess(outputs, sizes.to(device))
             yield {
@@ -445,7 +390,7 @@ def predict_batches(
                 for target, result in zip(targets, results)
             }
 
-# %% ../nbs/09_evaluation.ipynb #12bbe1c4
+# %% ../nbs/09_evaluation.ipynb #0c71f7fc
 def evaluate(
     model: nn.Module,
     data_loader: Iterable,
@@ -456,22 +401,17 @@ def evaluate(
     max_dets: int = 100,
     size_thresholds: tuple[float, float] | None = None,
 ) -> Scores:
-    """Scores a detector on the pictures that the loader yields: all queries, no threshold, no NMS (Section 4).
+    """Scores a detector on the pictures that the loader yields (Section 4): no threshold, no NMS.
 
-    In a torch.distributed run every process passes its share of the pictures and every process returns the scores of all.
+    Under torch.distributed every process passes its share and returns the scores of all pictures.
 
     Args:
-        model: a `DETR` on `device`; it runs in eval mode and afterwards has the modes it had.
-        data_loader: yields `(NestedTensor, targets)` as `collate_fn` makes them.
+        model, data_loader, device, progress: as for `predict_batches`.
         coco_gt: the true boxes, for example `dataset.coco`.
-        device: where the model is.
-        progress: whether to show a bar.
-        category_ids: as for `CocoScorer`.
-        max_dets: as for `CocoScorer`.
-        size_thresholds: as for `CocoScorer`.
+        category_ids, max_dets, size_thresholds: as for `CocoScorer`.
 
     Returns:
-        The scores, with the batch size they were measured at.
+        The scores, with the batch size that they were measured at.
 
     Raises:
         ValueError: naming the picture, if an answer is not finite or its id is not in `coco_gt`.
@@ -486,11 +426,11 @@ def evaluate(
     scores.batch_size = batch_size
     return scores
 
-# %% ../nbs/09_evaluation.ipynb #d1483ada
+# %% ../nbs/09_evaluation.ipynb #6c403f7d
 def precision_recall_curves(
     scorer: CocoScorer, iou_threshold: float = 0.5, image_ids: Iterable[int] | None = None
 ) -> dict[int, tuple[Float[np.ndarray, "101"], Float[np.ndarray, "101"]]]:
-    """Precision at 101 recalls for every class that has true boxes.
+    """Precision at 101 recalls, for every class that has true boxes.
 
     Args:
         scorer: holds the results.
@@ -498,7 +438,7 @@ def precision_recall_curves(
         image_ids: the pictures to look at; all if None.
 
     Returns:
-        category id → (recall, precision), both [101]; the precision is the best at that recall or a higher one.
+        category id → (recall [101], precision [101]), the precision as the envelope has it.
 
     Raises:
         ValueError: if the threshold is not one of COCO's ten.
@@ -506,77 +446,64 @@ def precision_recall_curves(
     evaluation = scorer.score(image_ids)
     at = np.flatnonzero(np.isclose(evaluation.params.iouThrs, iou_threshold))
     if len(at) == 0:
-        raise ValueError(
-            f"COCO scores IoU thresholds 0.5, 0.55, …, 0.95; {iou_threshold} is not one of them."
-        )
+        raise ValueError(f"{iou_threshold} is not one of COCO's thresholds 0.5, 0.55, …, 0.95.")
     precision = evaluation.eval["precision"][at[0], :, :, 0, -1]
-    recall = evaluation.params.recThrs
-    return {
-        i: (recall, precision[:, k])
-        for k, i in enumerate(scorer.category_ids)
-        if (precision[:, k] > -1).all()
-    }
+    curves = zip(scorer.category_ids, precision.T)
+    return {i: (evaluation.params.recThrs, curve) for i, curve in curves if (curve > -1).all()}
 
-# %% ../nbs/09_evaluation.ipynb #4e438f11
+# %% ../nbs/09_evaluation.ipynb #e1fc8d3c
 def confusion_matrix(
     scorer: CocoScorer,
     score_threshold: float = 0.5,
     iou_threshold: float = 0.5,
     image_ids: Iterable[int] | None = None,
-) -> Int[np.ndarray, "classes_and_none classes_and_none"]:
+) -> Int[np.ndarray, "rows rows"]:
     """Which class is taken for which.
 
-    Detections above the threshold pick, best score first and whatever their class, the free true box they overlap most, if by enough.
+    Detections above the threshold take, best score first and whatever their class, the free true
+    box that they overlap most, if they overlap it enough.
 
     Args:
         scorer: holds the results.
-        score_threshold: detections below it are left out.
+        score_threshold: the least score of a detection that takes part.
         iou_threshold: the least overlap that makes a pair.
         image_ids: the pictures to look at; all if None.
 
     Returns:
-        Counts; rows are the true class and columns the detected class in the order of `scorer.category_ids`. The last row counts detections on
-        nothing, the last column true boxes that nothing found. Detections of other classes and on crowds are left out.
+        Counts: a row for every true class, a column for every detected class, both in the order
+        of `scorer.category_ids`. The last row counts detections on nothing, the last column true
+        boxes that nothing found. Crowds, and detections on them or of other classes, are left out.
     """
     image_ids = sorted(scorer.coco_gt.imgs if image_ids is None else set(image_ids))
-    truth, detections = _comparable(scorer, image_ids)
-    index = {category_id: k for k, category_id in enumerate(scorer.category_ids)}
-    none = len(index)
-    counts = np.zeros((none + 1, none + 1), dtype=np.int64)
+    truth, results = _comparable(scorer, image_ids)
+    index = {category_id: k for k, category_id in enumerate(scorer.category_ids)} | {None: -1}
+    counts = np.zeros((len(index), len(index)), dtype=np.int64)
     for image_id in image_ids:
-        boxes = truth.imgToAnns.get(image_id, [])
-        found = [
-            d
-            for d in detections.imgToAnns.get(image_id, [])
-            if d["category_id"] in index and d["score"] >= score_threshold
-        ]
+        found = [d for d in results.imgToAnns[image_id] if d["category_id"] in index]
+        found = [d for d in found if d["score"] >= score_threshold]
         found.sort(key=lambda detection: -detection["score"])
-        for true, seen in _pairs(boxes, found, iou_threshold):
-            row = none if true is None else index[true["category_id"]]
-            column = none if seen is None else index[seen["category_id"]]
-            counts[row, column] += 1
+        for true, seen in _pairs(truth.imgToAnns[image_id], found, iou_threshold):
+            counts[index[true], index[seen]] += 1
     return counts
 
-# %% ../nbs/09_evaluation.ipynb #481779fd
+# %% ../nbs/09_evaluation.ipynb #90225787
 def _pairs(
     boxes: list[dict], found: list[dict], iou_threshold: float
-) -> Iterator[tuple[dict | None, dict | None]]:
-    """Pairs of true box and detection, None for the missing half; detections on crowds disappear."""
+) -> Iterator[tuple[int | None, int | None]]:
+    """The classes of true box and detection, pair by pair; None for a half that is missing."""
     crowd = np.array([box["iscrowd"] for box in boxes], dtype=bool)
     free = ~crowd
     overlaps = np.zeros((len(found), len(boxes)))
     if found and boxes:
-        overlaps = coco_mask.iou(
-            [d["bbox"] for d in found], [b["bbox"] for b in boxes], crowd.astype(int).tolist()
-        )
+        sides = ([row["bbox"] for row in rows] for rows in (found, boxes))
+        overlaps = coco_mask.iou(*sides, crowd.astype(int).tolist())
     for detection, overlap in zip(found, overlaps):
         candidates = np.where(free, overlap, -1.0)
-        best = int(candidates.argmax()) if len(boxes) else -1
-        if best >= 0 and candidates[best] >= iou_threshold:
+        if free.any() and candidates.max() >= iou_threshold:
+            best = candidates.argmax()
             free[best] = False
-            yield boxes[best], detection
+            yield boxes[best]["category_id"], detection["category_id"]
         elif not (overlap[crowd] >= iou_threshold).any():
-            yield None, detection
-    for box, missed in zip(boxes, free):
-        if missed:
-            yield box, None
+            yield None, detection["category_id"]
+    for box in np.flatnonzero(free):
+        yield boxes[box]["category_id"], None
