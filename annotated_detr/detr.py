@@ -20,21 +20,21 @@ from .nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from .positional_encoding import Joiner, PositionEmbeddingSine
 from .transformer import Transformer
 
-# %% ../nbs/06_detr.ipynb #20f8363b
+# %% ../nbs/06_detr.ipynb #50d9d571
 class MLP(nn.Module):
-    """Linear layers with a ReLU between each two (the box head of Section 3.2).
+    """Linear layers with a ReLU between each two: the box head (Section 3.2).
 
     Args:
         input_dim: channels that come in.
         hidden_dim: channels between the layers.
-        output_dim: channels that go out, with no ReLU after them.
+        output_dim: channels that go out; no ReLU follows them.
         num_layers: how many linear layers.
     """
 
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int):
         super().__init__()
-        widths = [input_dim] + [hidden_dim] * (num_layers - 1) + [output_dim]
-        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in zip(widths, widths[1:]))
+        widths = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
 
     def forward(self, x: Float[Tensor, "*axes d_in"]) -> Float[Tensor, "*axes d_out"]:
         """Maps the last axis, whatever the axes before it."""
@@ -43,40 +43,49 @@ class MLP(nn.Module):
             x = F.relu(layer(x))
         return last(x)
 
-# %% ../nbs/06_detr.ipynb #c0a6ae7f
+# %% ../nbs/06_detr.ipynb #6c5e2af7
 def _refuse_blank_pictures(mask: Bool[Tensor, "B H W"]) -> None:
-    """Stops before attention turns a picture without a single real token into NaN."""
+    """Stops before attention has to take a mean over no tokens at all."""
     if torch.compiler.is_compiling():
         return
     blank = mask.flatten(1).all(1)
     if blank.any():
         H, W = mask.shape[1:]
         raise ValueError(
-            f"picture {blank.nonzero()[0].item()} of the batch is all padding on the {H}×{W} feature map, so attention has "
-            "nothing to look at: take it out of the batch or correct its mask, which is True on padding."
+            f"picture {blank.nonzero()[0].item()} of the batch is all padding "
+            f"on the {H}×{W} feature map, so there is nothing to look at: "
+            "take it out of the batch, or correct its mask, which is True on padding"
         )
 
-# %% ../nbs/06_detr.ipynb #4465e808
+# %% ../nbs/06_detr.ipynb #1a376ea8
 class DETR(nn.Module):
     """Pictures in, a set of boxes with classes out (Section 3.2, Figure 2).
 
     Args:
-        backbone: a `Joiner`: feature maps and their positions, with `.num_channels`.
-        transformer: a `Transformer`, with `.d_model`.
+        backbone: a `Joiner`, which gives feature maps and positions and knows its `num_channels`.
+        transformer: a `Transformer`.
         num_classes: K, the largest class index plus one; no-object gets the index K.
         num_queries: N, the number of boxes that every picture is answered with.
         aux_loss: also give the predictions of every decoder layer but the last.
 
     Raises:
-        ValueError: if `aux_loss` asks for layers that the transformer does not return.
+        ValueError: if `aux_loss` asks for layers that the transformer keeps to itself.
     """
 
     def __init__(
-        self, backbone: nn.Module, transformer: Transformer, num_classes: int, num_queries: int, aux_loss: bool = False
+        self,
+        backbone: nn.Module,
+        transformer: Transformer,
+        num_classes: int,
+        num_queries: int,
+        aux_loss: bool = False,
     ):
         super().__init__()
         if aux_loss and not transformer.decoder.return_intermediate:
-            raise ValueError("aux_loss needs every decoder layer: build the Transformer with return_intermediate_dec=True.")
+            raise ValueError(
+                "aux_loss needs the outputs of all decoder layers: "
+                "build the Transformer with return_intermediate_dec=True"
+            )
         d = transformer.d_model
         self.backbone = backbone
         self.input_proj = nn.Conv2d(backbone.num_channels, d, kernel_size=1)
@@ -88,17 +97,14 @@ class DETR(nn.Module):
         self.aux_loss = aux_loss
 
     def forward(self, samples: NestedTensor | list[Float[Tensor, "3 _ _"]]) -> dict[str, Any]:
-        """Detects in a batch.
-
-        Args:
-            samples: a padded batch with its mask, or a list of normalised pictures [3, h, w] to batch here.
+        """Detects in a padded batch, or in a list of normalised pictures, which it pads.
 
         Returns:
-            "pred_logits" [B, N, K+1] and "pred_boxes" [B, N, 4] (cx, cy, w, h in 0..1 of the unpadded picture) and,
-            with `aux_loss`, "aux_outputs": such a dictionary for every decoder layer but the last.
+            "pred_logits" [B, N, K+1]; "pred_boxes" [B, N, 4], cxcywh in 0..1 of the picture without
+            padding; with `aux_loss`, "aux_outputs": a dictionary of these for each earlier layer.
 
         Raises:
-            ValueError: if a picture of the batch is all padding.
+            ValueError: if a picture is all padding.
         """
         if not isinstance(samples, NestedTensor):
             samples = nested_tensor_from_tensor_list(samples)
@@ -106,30 +112,31 @@ class DETR(nn.Module):
         src, mask = features[-1].decompose()
         _refuse_blank_pictures(mask)
 
-        hs, _ = self.transformer(self.input_proj(src), mask, self.query_embed.weight, positions[-1])
+        query_embed = self.query_embed.weight
+        hs, _ = self.transformer(self.input_proj(src), mask, query_embed, positions[-1])
         hs = hs if self.aux_loss else hs[-1:]
-        layers = [
-            {"pred_logits": logits, "pred_boxes": boxes}
-            for logits, boxes in zip(self.class_embed(hs), self.bbox_embed(hs).sigmoid())
-        ]
-        *others, last = layers
-        return last | {"aux_outputs": others} if self.aux_loss else last
+        logits, boxes = self.class_embed(hs), self.bbox_embed(hs).sigmoid()
 
-# %% ../nbs/06_detr.ipynb #4b05e95c
+        *earlier, last = [{"pred_logits": c, "pred_boxes": b} for c, b in zip(logits, boxes)]
+        return last | {"aux_outputs": earlier} if self.aux_loss else last
+
+# %% ../nbs/06_detr.ipynb #8ca7f020
 class PostProcess(nn.Module):
-    """Turns outputs into boxes that can be drawn or scored: all N of them, with no threshold and no suppression."""
+    """Turns outputs into boxes to draw or score: all N of them, no threshold, no suppression."""
 
     @torch.no_grad()
-    def forward(self, outputs: dict[str, Any], target_sizes: Num[Tensor, "B 2"]) -> list[dict[str, Tensor]]:
-        """Reads the answer of the last decoder layer.
+    def forward(
+        self, outputs: dict[str, Any], target_sizes: Num[Tensor, "B 2"]
+    ) -> list[dict[str, Tensor]]:
+        """Reads the last decoder layer's answer.
 
         Args:
             outputs: what `DETR` returns.
-            target_sizes: (height, width) of every picture, in the pixels that the boxes are wanted in.
+            target_sizes: (height, width) of every picture, in the pixels the boxes are wanted in.
 
         Returns:
-            For every picture "scores" [N] in 0..1, "labels" [N] (the best class that is not no-object) and
-            "boxes" [N, 4] (x0, y0, x1, y1 in pixels).
+            For every picture "scores" [N] in 0..1, "labels" [N] (the best class that is not
+            no-object) and "boxes" [N, 4] (x0, y0, x1, y1 in pixels).
 
         Raises:
             ValueError: if there is not exactly one size per picture.
@@ -137,33 +144,38 @@ class PostProcess(nn.Module):
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
         if target_sizes.shape != (len(logits), 2):
             raise ValueError(
-                f"target_sizes has the shape {list(target_sizes.shape)}; {len(logits)} pictures need one (height, width) each."
+                f"target_sizes has the shape {list(target_sizes.shape)}: "
+                f"{len(logits)} pictures need one (height, width) each"
             )
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)
         height, width = target_sizes.to(boxes).unbind(1)
         pixels = torch.stack([width, height, width, height], dim=1)
         boxes = box_convert(boxes, "cxcywh", "xyxy") * pixels[:, None]
-        return [{"scores": s, "labels": l, "boxes": b} for s, l, b in zip(scores, labels, boxes)]
+        return [
+            {"scores": score, "labels": label, "boxes": box}
+            for score, label, box in zip(scores, labels, boxes)
+        ]
 
-# %% ../nbs/06_detr.ipynb #d73e75fe
+# %% ../nbs/06_detr.ipynb #9b3064d2
 WEIGHTS_URL = "https://dl.fbaipublicfiles.com/detr/"
 
 
 def _load_published(model: DETR, file: str) -> None:
-    """Fills `model` with a file of published weights, downloaded once into torch.hub's folder."""
+    """Fills `model` with published weights, downloaded once into torch.hub's folder."""
+    url = WEIGHTS_URL + file
     try:
         checkpoint = torch.hub.load_state_dict_from_url(
-            WEIGHTS_URL + file, map_location="cpu", check_hash=True, weights_only=True
+            url, map_location="cpu", check_hash=True, weights_only=True
         )
-    except OSError as error:  # urllib's URLError and HTTPError are OSErrors
+    except OSError as error:  # what urllib raises
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise FileNotFoundError(
-            f"the published weights could not be downloaded ({error}): fetch {WEIGHTS_URL + file} "
-            f"on a machine with internet and put the file into {folder}."
+            f"the published weights could not be downloaded ({error}): "
+            f"fetch {url} on a machine with internet and put the file into {folder}"
         ) from error
     model.load_state_dict(checkpoint["model"])
 
-# %% ../nbs/06_detr.ipynb #235d6d29
+# %% ../nbs/06_detr.ipynb #6e10e76d
 def _paper_model(
     backbone: str,
     dilation: bool,
@@ -172,20 +184,19 @@ def _paper_model(
     num_classes: int,
     return_postprocessor: bool,
     num_queries: int = 100,
-    dropout: float = 0.1,
+    dropout: float | int = 0.1,
     aux_loss: bool = False,
     weights: str | Path | None = None,
 ) -> DETR | tuple[DETR, PostProcess]:
     if pretrained and (num_classes, num_queries, weights) != (91, 100, None):
         raise ValueError(
-            f"pretrained=True brings 91 classes, 100 queries and its own backbone, not num_classes={num_classes}, "
-            f"num_queries={num_queries}, weights={weights!r}: leave these three out, or pretrained."
+            "pretrained=True brings 91 classes, 100 queries and its own backbone, "
+            f"not num_classes={num_classes}, num_queries={num_queries}, weights={weights!r}: "
+            "leave these out, or pretrained"
         )
+    resnet = Backbone(backbone, True, False, dilation, weights)
     model = DETR(
-        Joiner(
-            Backbone(backbone, train_backbone=True, return_interm_layers=False, dilation=dilation, weights=weights),
-            PositionEmbeddingSine(128, normalize=True),
-        ),
+        Joiner(resnet, PositionEmbeddingSine(128, normalize=True)),
         Transformer(d_model=256, dropout=dropout, return_intermediate_dec=True),
         num_classes,
         num_queries,
@@ -195,52 +206,68 @@ def _paper_model(
         _load_published(model, file)
     return (model, PostProcess()) if return_postprocessor else model
 
-# %% ../nbs/06_detr.ipynb #977decfe
+# %% ../nbs/06_detr.ipynb #8507898d
 def detr_resnet50(
-    pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False, **options: Any
+    pretrained: bool = False,
+    num_classes: int = 91,
+    return_postprocessor: bool = False,
+    **options: Any,
 ) -> DETR | tuple[DETR, PostProcess]:
     """The paper's DETR: a ResNet-50 at stride 32 (Table 1).
 
     Args:
-        pretrained: load the published weights, which fit COCO's 91 classes; downloads them once.
+        pretrained: load the published weights, which fit COCO's 91 classes.
         num_classes: K, the largest class index plus one.
         return_postprocessor: give `(model, PostProcess())` instead of the model.
-        **options: num_queries (100), dropout (0.1), aux_loss (False), and weights (None): what the backbone starts
-            from, a torchvision weights name or a path.
+        **options: `num_queries` (100), `dropout` (0.1), `aux_loss` (False), and `weights` (None),
+            what the backbone starts from: one of torchvision's names, or a path.
 
     Raises:
         FileNotFoundError: if weights are neither here nor reachable.
         ValueError: if `pretrained` comes with settings that the published weights do not have.
     """
-    return _paper_model("resnet50", False, "detr-r50-e632da11.pth", pretrained, num_classes, return_postprocessor, **options)
+    common = (pretrained, num_classes, return_postprocessor)
+    return _paper_model("resnet50", False, "detr-r50-e632da11.pth", *common, **options)
 
-
+# %% ../nbs/06_detr.ipynb #5ed36fbf
 def detr_resnet50_dc5(
-    pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False, **options: Any
+    pretrained: bool = False,
+    num_classes: int = 91,
+    return_postprocessor: bool = False,
+    **options: Any,
 ) -> DETR | tuple[DETR, PostProcess]:
-    """`detr_resnet50` with a dilated last stage, so at stride 16: four times the tokens (Table 1)."""
-    return _paper_model("resnet50", True, "detr-r50-dc5-f0fb7ef5.pth", pretrained, num_classes, return_postprocessor, **options)
+    """`detr_resnet50` with a dilated last stage: stride 16, four times the tokens (Table 1)."""
+    common = (pretrained, num_classes, return_postprocessor)
+    return _paper_model("resnet50", True, "detr-r50-dc5-f0fb7ef5.pth", *common, **options)
 
 
 def detr_resnet101(
-    pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False, **options: Any
+    pretrained: bool = False,
+    num_classes: int = 91,
+    return_postprocessor: bool = False,
+    **options: Any,
 ) -> DETR | tuple[DETR, PostProcess]:
     """`detr_resnet50` with a ResNet-101 (Table 1)."""
-    return _paper_model("resnet101", False, "detr-r101-2c7b67e5.pth", pretrained, num_classes, return_postprocessor, **options)
+    common = (pretrained, num_classes, return_postprocessor)
+    return _paper_model("resnet101", False, "detr-r101-2c7b67e5.pth", *common, **options)
 
 
 def detr_resnet101_dc5(
-    pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False, **options: Any
+    pretrained: bool = False,
+    num_classes: int = 91,
+    return_postprocessor: bool = False,
+    **options: Any,
 ) -> DETR | tuple[DETR, PostProcess]:
-    """`detr_resnet101` with a dilated last stage, so at stride 16 (Table 1)."""
-    return _paper_model("resnet101", True, "detr-r101-dc5-a2e86def.pth", pretrained, num_classes, return_postprocessor, **options)
+    """`detr_resnet101` with a dilated last stage: stride 16, four times the tokens (Table 1)."""
+    common = (pretrained, num_classes, return_postprocessor)
+    return _paper_model("resnet101", True, "detr-r101-dc5-a2e86def.pth", *common, **options)
 
-# %% ../nbs/06_detr.ipynb #12216cc6
+# %% ../nbs/06_detr.ipynb #a14f9463
 def detr_tiny(
     num_classes: int,
     num_queries: int = 16,
     *,
-    dropout: float = 0.0,
+    dropout: float | int = 0.0,
     aux_loss: bool = True,
     d_model: int = 96,
     nhead: int = 4,
@@ -248,31 +275,35 @@ def detr_tiny(
     num_decoder_layers: int = 3,
     dim_feedforward: int = 192,
     normalize_before: bool = True,
-    temperature: float = 20.0,
+    temperature: float | int = 20,
     channels: Sequence[int] = (24, 48, 96),
 ) -> DETR:
-    """A DETR small enough to learn on two CPU cores: stride 8, pre-norm, every layer trainable.
+    """A DETR small enough to learn on two CPU cores: stride 8, every layer trains.
 
     Args:
         num_classes: K, the largest class index plus one.
-        num_queries: N, which has to exceed the number of objects in the fullest picture.
-        dropout: as in `Transformer`, like the five arguments from `d_model` to `normalize_before`.
+        num_queries: N; more than there are objects in the fullest picture.
+        dropout: as in `Transformer`, like `d_model` to `normalize_before`.
         aux_loss: give every decoder layer's predictions.
-        temperature: of the sine positions, lower than the paper's 10000 because the feature map is small.
+        temperature: of the sine positions.
         channels: widths of the backbone's blocks.
     """
-    return DETR(
-        Joiner(TinyBackbone(channels), PositionEmbeddingSine(d_model // 2, temperature, normalize=True)),
-        Transformer(
-            d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, dropout,
-            normalize_before=normalize_before, return_intermediate_dec=True,
-        ),
-        num_classes,
-        num_queries,
-        aux_loss,
+    transformer = Transformer(
+        d_model,
+        nhead,
+        num_encoder_layers,
+        num_decoder_layers,
+        dim_feedforward,
+        dropout,
+        normalize_before=normalize_before,
+        return_intermediate_dec=True,
     )
+    positions = PositionEmbeddingSine(d_model // 2, temperature, normalize=True)
+    joiner = Joiner(TinyBackbone(channels), positions)
+    return DETR(joiner, transformer, num_classes, num_queries, aux_loss)
 
-# %% ../nbs/06_detr.ipynb #25f9c60d
+# %% ../nbs/06_detr.ipynb #17cb149c
+#: Every model of this package by name, for the trainer and the command line.
 PRESETS: dict[str, Callable[..., Any]] = {
     "tiny": detr_tiny,
     "detr_resnet50": detr_resnet50,

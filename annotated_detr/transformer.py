@@ -160,7 +160,7 @@ class TransformerEncoder(nn.Module):
             src = layer(src, mask, pos)
         return src if self.norm is None else self.norm(src)
 
-# %% ../nbs/05_transformer.ipynb #c684e4c5
+# %% ../nbs/05_transformer.ipynb #fcc6aa7b
 @torch.no_grad()
 def attention_weights(
     attention: MultiheadAttention,
@@ -175,7 +175,7 @@ def attention_weights(
         scores = scores.masked_fill(mask[:, None, None], -torch.inf)
     return scores.softmax(-1)
 
-
+# %% ../nbs/05_transformer.ipynb #a67fdd46
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[dict[str, Float[Tensor, "B M N S"]]]:
     """Keeps the attention weights of the last forward pass inside the `with` block.
@@ -285,20 +285,15 @@ class TransformerDecoder(nn.Module):
             outputs.append(tgt)
         return self.norm(torch.stack(outputs if self.return_intermediate else outputs[-1:]))
 
-# %% ../nbs/05_transformer.ipynb #f02efaa2
+# %% ../nbs/05_transformer.ipynb #571bb931
 class Transformer(nn.Module):
     """DETR's encoder and decoder (Section 3.2, Figure 10).
 
     Args:
-        d_model: width d of tokens and queries.
-        nhead: attention heads M; divides `d_model`.
         num_encoder_layers: encoder layers.
         num_decoder_layers: decoder layers L.
-        dim_feedforward: hidden units of each feed-forward branch.
-        dropout: on attention weights, on hidden units, and on what each branch adds.
-        activation: "relu" or "gelu".
-        normalize_before: pre-norm instead of the paper's post-norm.
         return_intermediate_dec: give every decoder layer's output, not the last one's alone.
+        d_model: width d of tokens and queries; for the others see `TransformerEncoderLayer`.
 
     Raises:
         ValueError: if `nhead` does not divide `d_model`, or `activation` is unknown.
@@ -329,7 +324,6 @@ class Transformer(nn.Module):
             return_intermediate_dec,
         )
         self.d_model = d_model
-        self.nhead = nhead
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
