@@ -714,12 +714,13 @@ def _tag(ax: Axes, box: tuple[Number, Number, Number, Number], text: str, color:
         bbox={"boxstyle": "square,pad=.18", "fc": color, "ec": "none"},
     )
 
-# %% ../nbs/figures.ipynb #70a169bb
+# %% ../nbs/figures.ipynb #18e23963
 def draw_boxes(
     image: Image.Image,
     boxes: Num[Tensor, "n 4"],
     labels: Sequence[str] | None = None,
     scores: Sequence[Number] | Float[Tensor, " n"] | None = None,
+    color: str | Sequence[str] | None = None,
 ) -> Image.Image:
     """Return a copy of a PIL picture, at its full size, with boxes drawn on it.
 
@@ -728,6 +729,7 @@ def draw_boxes(
         boxes: pixel corners x0, y0, x1, y1.
         labels: a name for each box, written on a tag in the name's colour.
         scores: a score for each box, written behind its name.
+        color: one colour, or one for each box; by default one for each name.
     """
     letters_of("boxes", boxes, "n 4", {})
     _one_each("boxes", len(boxes), "labels", labels)
@@ -735,7 +737,7 @@ def draw_boxes(
     drawn = image.convert("RGB").copy()
     pen = ImageDraw.Draw(drawn)
     line = max(2, round(min(drawn.size) / 200))
-    colors = _box_colors(len(boxes), labels, None)
+    colors = _box_colors(len(boxes), labels, color)
     for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
         pen.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colors[i], width=line)
         words = ([labels[i]] if labels else []) + (
@@ -875,9 +877,13 @@ def maps(
     bar.ax.imshow(ramp, extent=(0, 1, low, high), cmap=MAP, aspect="auto", interpolation="none")
     return fig
 
-# %% ../nbs/figures.ipynb #0ea93e00
+# %% ../nbs/figures.ipynb #161bce53
 def overlay(
-    ax: Axes, image: Picture, weights: Num[Tensor, "H W"], cell: tuple[int, int] | None = None
+    ax: Axes,
+    image: Picture,
+    weights: Num[Tensor, "H W"],
+    cell: tuple[int, int] | None = None,
+    stride: int | None = None,
 ) -> Axes:
     """Draw a map of weights over a picture: it takes colour where the weight is large.
 
@@ -886,21 +892,41 @@ def overlay(
         image: the picture.
         weights: a weight for each cell of the feature map, such as one row of attention.
         cell: (row, column) of the cell that looks, outlined.
+        stride: pixels of the picture for each cell, counted from the top left; by default the
+            map is stretched over the picture.
+
+    Raises:
+        ValueError: if the picture is larger than the map's cells.
     """
     letters_of("weights", weights, "H W", {})
     array = pixels(image) / 255
-    height, width = array.shape[:2]
-    heat = weights.detach().float().cpu()
-    heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
-    heat = torch.nn.functional.interpolate(heat[None, None], (height, width))[0, 0].numpy()
+    heat = _over(weights.detach().float().cpu(), array.shape[:2], stride)
+    heat = ((heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)).numpy()
     share = 0.75 * heat[..., None]
     grey = 0.1 + 0.6 * array.mean(2, keepdims=True)
     mixed = (1 - share) * grey + share * matplotlib.colormaps[MAP](heat)[..., :3]
     picture(ax, (255 * mixed.clip(0, 1)).round().astype(np.uint8))
     if cell is not None:
-        h, w = height / weights.shape[0], width / weights.shape[1]
+        h = stride or array.shape[0] / weights.shape[0]
+        w = stride or array.shape[1] / weights.shape[1]
         ax.add_patch(Rectangle((cell[1] * w, cell[0] * h), w, h, fill=False, ec=ACCENT, lw=2))
     return ax
+
+
+def _over(
+    weights: Float[Tensor, "H W"], size: tuple[int, int], stride: int | None
+) -> Float[Tensor, "h w"]:
+    """A weight for each pixel: the weight of the cell that the pixel lies in."""
+    if stride is None:
+        return torch.nn.functional.interpolate(weights[None, None], size)[0, 0]
+    covered = [cells * stride for cells in weights.shape]
+    if covered[0] < size[0] or covered[1] < size[1]:
+        raise ValueError(
+            f"Cells of {stride} pixels cover {covered} of a picture of {list(size)}:"
+            " give the stride of the map, or none to stretch it."
+        )
+    weights = weights.repeat_interleave(stride, 0).repeat_interleave(stride, 1)
+    return weights[: size[0], : size[1]]
 
 # %% ../nbs/figures.ipynb #b69b0f7d
 @styled

@@ -243,6 +243,18 @@ def test_relative_boxes_are_scaled_by_the_picture_they_are_drawn_on(photograph):
     assert ax.patches[0].get_bbox().bounds == pytest.approx((360, 120, 180, 60))
 
 
+def test_with_a_stride_a_cell_lies_over_the_pixels_it_was_made_from(photograph):
+    weights = torch.zeros(20, 30)
+    weights[3, 28] = 1
+    _, (stretched, strided) = figures.subplots(1, 2)
+    figures.overlay(stretched, photograph, weights)
+    figures.overlay(strided, photograph, weights, cell=(3, 28), stride=32)
+    lit = [np.argwhere(np.ptp(ax.images[0].get_array(), -1) > 60) for ax in (stretched, strided)]
+    assert lit[0].min(0).tolist() == [90, 840] and lit[0].max(0).tolist() == [119, 869]
+    assert lit[1].min(0).tolist() == [96, 896] and lit[1].max(0).tolist() == [127, 899]
+    assert strided.patches[0].get_bbox().bounds == (896, 96, 32, 32)
+
+
 def test_a_picture_looks_the_same_in_every_form(photograph):
     array = np.asarray(photograph)
     assert (figures.pixels(array) == array).all() and (figures.pixels(torch.tensor(array)) == array).all()
@@ -289,6 +301,7 @@ def test_wrong_shapes_and_counts_end_in_a_sentence(unchecked, photograph):
         "'maps' has 2 axes": lambda: figures.maps(torch.zeros(3, 4)),
         "3 maps but 1 titles": lambda: figures.maps(torch.zeros(3, 4, 5), ["one"]),
         "'weights' has 1 axes": lambda: figures.overlay(ax, photograph, torch.zeros(3)),
+        "cover [48, 64] of a picture": lambda: figures.overlay(ax, photograph, torch.zeros(3, 4), stride=16),
         "H0 is 76 earlier": lambda: figures.batch(tensors, mask.mT),
         "13 columns": lambda: figures.matrix(torch.zeros(2, 13)),
         "has a weight": lambda: figures.ledger({"loss": 1.0}, {"other": 1.0}),
@@ -308,6 +321,7 @@ def test_boxes_are_painted_on_a_copy_of_the_picture_at_full_size(photograph):
     colour = tuple(int(figures.PALETTE["blue"][i : i + 2], 16) for i in (1, 3, 5))
     assert painted.getpixel((250, 200)) == painted.getpixel((100, 350)) == colour
     assert painted.getpixel((250, 350)) == photograph.getpixel((250, 350))
+    assert figures.draw_boxes(photograph, corners, color="#ff0000").getpixel((250, 200)) == (255, 0, 0)
     assert figures.draw_boxes(photograph, torch.zeros(0, 4)).tobytes() == photograph.convert("RGB").tobytes()
 
 
