@@ -5,7 +5,7 @@ __all__ = ['STANDARD', 'CLASS_NAMES', 'SPLITS', 'SMALL_AREA', 'MEDIUM_AREA', 'UN
            'Scene', 'annotate', 'draw', 'make_scene', 'running_batch_pil', 'running_batch', 'cache_dir', 'coco_folder',
            'annotation_digest']
 
-# %% ../nbs/scenes.ipynb #c605481c
+# %% ../nbs/scenes.ipynb #ea0998f8
 import hashlib
 import io
 import json
@@ -21,24 +21,23 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-# %% ../nbs/scenes.ipynb #c06d2c28
+# %% ../nbs/scenes.ipynb #70a2ce77
+#: Name and version of the standard; every annotation file carries it.
 STANDARD = "annotated-detr-scenes-1"
-"""Name and version of the standard; every annotation file carries it."""
 
+#: From category id to name. As in COCO, ids start at 1.
 CLASS_NAMES = {1: "disc", 2: "tile", 3: "triangle", 4: "star", 5: "ring", 6: "cross"}
-"""From category id to name. As in COCO, ids start at 1."""
 
+#: The part of every seed that keeps the splits apart: two of them never share a seed.
 SPLITS = {"train": 0, "val": 1, "test": 2, "running": 3}
-"""The part of every seed that keeps the splits apart: two of them never share a seed."""
 
+#: Up to 2 % of the picture's area an object is small, up to 10 % medium, and above that large.
 SMALL_AREA, MEDIUM_AREA = 0.02, 0.10
-"""Up to 2 % of the picture's area an object is small, up to 10 % medium, and above that large."""
 
 # %% ../nbs/scenes.ipynb #fa0bdda6
 UNIT = 1 << 16  # positions and sizes are fractions of the picture, in steps of 1/65536
@@ -118,7 +117,7 @@ class _Chance:
         raw = self.generator.random_raw(rows * columns) >> np.uint64(48)
         return raw.astype(np.float64).reshape(rows, columns) / 32768 - 1
 
-# %% ../nbs/scenes.ipynb #c1054e75
+# %% ../nbs/scenes.ipynb #9b33df6e
 _GRID = 4096  # polygons are in steps of 1/4096 of the shape's size
 _ROUNDING = 0.055  # radius of the corners, in sizes
 _RIMS = (0.0, 0.034, 0.042)  # width of no rim, a dark rim, a light rim, in sizes
@@ -130,7 +129,7 @@ def _corners(kind: int, stretch: int) -> list[tuple[float, float]]:
     if kind == 2:
         return [(a, -b), (a, b), (-a, b), (-a, -b)]
     if kind == 3:
-        return [(0, -b), (a, b), (-a, b)]
+        return [(0.0, -b), (a, b), (-a, b)]
     if kind == 4:
         around = [(0.46 if i % 2 else 1.0, 2 * math.pi * (i + 0.25) / 10) for i in range(10)]
         return [(a * r * math.cos(t), b * r * math.sin(t)) for r, t in around]
@@ -189,7 +188,7 @@ def _place(thing: Thing, height: int, width: int, rim: int = 0) -> list[np.ndarr
     middle = np.array([thing.x * width, thing.y * height], np.int64) * 256 // UNIT
     return [middle + (p @ turn * scale >> 26) for p in _outline(thing.kind, thing.stretch, rim)]
 
-# %% ../nbs/scenes.ipynb #20639acc
+# %% ../nbs/scenes.ipynb #a2342728
 _LINES = 8  # horizontal lines per pixel; along a line, coverage is exact to 1/256 of a pixel
 _FULL = 256 * _LINES  # the coverage of a pixel that is wholly inside
 
@@ -215,7 +214,7 @@ class _Patch:
 
 
 def _crossings(polygons: Sequence[np.ndarray], first: int, end: int) -> tuple[np.ndarray, ...]:
-    """Where sides cross lines first … end-1: the line, x in 1/256 pixel, +1 entering, -1 leaving."""
+    """Where sides cross lines first … end-1: line, x in 1/256 pixel, +1 entering or -1 leaving."""
     step = 256 // _LINES
     start = np.concatenate(polygons)
     stop = np.concatenate([np.roll(polygon, -1, 0) for polygon in polygons])
@@ -253,9 +252,9 @@ def _cover_all(things: Sequence[Thing], height: int, width: int) -> list[_Patch]
     """Each thing's own coverage, as if nothing hid it."""
     return [_cover(_place(thing, height, width), height, width) for thing in things]
 
-# %% ../nbs/scenes.ipynb #969524b3
+# %% ../nbs/scenes.ipynb #dee52310
+#: A thing of which less than this fraction (numerator, denominator) is visible is not drawn.
 LEAST_VISIBLE = (1, 4)
-"""A thing of which less than this fraction (numerator, denominator) is visible is not drawn."""
 
 # %% ../nbs/scenes.ipynb #ebc6b7fc
 def _visible(masks: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -381,7 +380,7 @@ def _ground(scene: Scene, height: int, width: int) -> np.ndarray:
     ground, tint = _GROUNDS[scene.background], _TINTS[scene.background]
     return ground + (tint - ground) * amount[..., None]
 
-# %% ../nbs/scenes.ipynb #353c78d8
+# %% ../nbs/scenes.ipynb #5370853a
 def _blur(cover: np.ndarray, radius: int) -> np.ndarray:
     """Averages over a square, twice; the result is larger by 2·radius on every side."""
     span = 2 * radius + 1
@@ -396,7 +395,8 @@ def _blur(cover: np.ndarray, radius: int) -> np.ndarray:
 def _shadow(patch: _Patch, size: int, height: int, width: int) -> _Patch:
     """A patch's soft shadow, to the lower right."""
     radius = max(1, size // 40)
-    top, left = patch.top - 2 * radius + max(1, size // 40), patch.left - 2 * radius + max(1, size // 66)
+    top = patch.top - 2 * radius + max(1, size // 40)
+    left = patch.left - 2 * radius + max(1, size // 66)
     cover = _blur(patch.cover, radius)
     cover = cover[max(-top, 0) : max(height - top, 0), max(-left, 0) : max(width - left, 0)]
     return _Patch(max(top, 0), max(left, 0), cover)
@@ -634,7 +634,7 @@ def running_batch_pil() -> list[tuple[Image.Image, dict]]:
     second[-1]["bbox"][2] += 6.0  # whoever drew this box went six pixels too far
     return pairs
 
-# %% ../nbs/scenes.ipynb #72b046f6
+# %% ../nbs/scenes.ipynb #84c07079
 def running_batch() -> tuple[list, list[dict]]:
     """The two pictures that go through every chapter, as tensors.
 
@@ -651,7 +651,8 @@ def running_batch() -> tuple[list, list[dict]]:
     images, targets = [], []
     for scene, height, width in _RUNNING:
         picture, _, annotations = draw(scene, height, width)
-        images.append(((torch.from_numpy(picture) / 255 - mean) / std).permute(2, 0, 1).contiguous())
+        pixels = (torch.from_numpy(picture) / 255 - mean) / std
+        images.append(pixels.permute(2, 0, 1).contiguous())
         singles = [annotation for annotation in annotations if not annotation["iscrowd"]]
         x, y, w, h = torch.tensor([one["bbox"] for one in singles]).float().unbind(-1)
         sides = torch.tensor([width, height, width, height])
@@ -676,7 +677,7 @@ def cache_dir() -> Path:
     named = os.environ.get("ANNOTATED_DETR_CACHE")
     return Path(named) if named else Path.home() / ".cache" / "annotated_detr"
 
-# %% ../nbs/scenes.ipynb #f07b5699
+# %% ../nbs/scenes.ipynb #415e8d89
 _CHUNK = 250  # pictures between two points at which drawing can be taken up again
 
 
@@ -735,12 +736,12 @@ class _Order:
     def complete(self) -> bool:
         """Whether everything that was asked for is there."""
         names = {f"{index + 1:06d}.png" for index in range(self.start, self.start + self.count)}
-        for folder, file in self.kinds.items():
-            if not file.is_file() or not names <= set(os.listdir(Path(self.root, folder, self.split))):
-                return False
-        return True
+        return all(
+            file.is_file() and names <= set(os.listdir(Path(self.root, kind, self.split)))
+            for kind, file in self.kinds.items()
+        )
 
-# %% ../nbs/scenes.ipynb #fb0367f8
+# %% ../nbs/scenes.ipynb #dce45101
 def _panoptic(
     scene: Scene, masks: np.ndarray, annotations: Sequence[dict]
 ) -> tuple[np.ndarray, list[dict]]:
@@ -762,7 +763,7 @@ def _panoptic(
 
 
 def _draw_chunk(order: _Order, first: int, end: int) -> Iterator[int]:
-    """Draws scenes first … end-1 and leaves their annotations in the workshop; yields after each."""
+    """Draws scenes first … end-1, yielding after each, and leaves their annotations behind."""
     images, annotations, panoptics = [], [], []
     for index in range(first, end):
         scene, name = make_scene(order.split, index), f"{index + 1:06d}.png"
@@ -780,7 +781,7 @@ def _draw_chunk(order: _Order, first: int, end: int) -> Iterator[int]:
     part = {"images": images, "annotations": annotations, "panoptic": panoptics}
     _write(order.part(first), part, order.workshop)
 
-# %% ../nbs/scenes.ipynb #aa64a6b6
+# %% ../nbs/scenes.ipynb #4136665f
 def _serve() -> None:
     """A worker: draws the chunks that its standard input lists."""
     try:
@@ -830,13 +831,13 @@ def _draw_all(
             for _ in lines:
                 progress.update()
         if any(worker.wait() for worker in crew):
-            raise RuntimeError("a worker that draws scenes failed: see above, then call again to go on")
+            raise RuntimeError("a worker that draws scenes failed: mend what it says, call again")
     finally:
         for worker in crew:
             worker.kill()
             worker.wait()
 
-# %% ../nbs/scenes.ipynb #57873d1c
+# %% ../nbs/scenes.ipynb #da556f4f
 def _claim(root: Path, size: int) -> None:
     """Makes a folder ours, or refuses one that is not."""
     marker, content = root / "scenes.json", {"standard": STANDARD, "size": size}
@@ -860,12 +861,12 @@ def _claim(root: Path, size: int) -> None:
 def _gather(order: _Order) -> None:
     """Joins the chunks' annotations into the files that COCO's tools read."""
     parts = [json.loads(order.part(first).read_text()) for first, _ in order.chunks]
-    images, annotations, panoptics = (
-        [one for part in parts for one in part[key]] for key in ("images", "annotations", "panoptic")
-    )
+    keys = ("images", "annotations", "panoptic")
+    images, annotations, panoptics = ([one for part in parts for one in part[key]] for key in keys)
     info = {"description": "Scenes of The Annotated DETR", "standard": STANDARD, "version": "1"}
     info |= {key: getattr(order, key) for key in ("split", "start", "count", "size")}
-    info["annotation_digest"] = _digest(annotations, order.split, order.count, order.size, order.start)
+    asked = (order.split, order.count, order.size, order.start)
+    info["annotation_digest"] = _digest(annotations, *asked)
     things = [{"id": i, "name": name, "supercategory": "shape"} for i, name in CLASS_NAMES.items()]
     shared = {"info": info, "images": images}
     if order.panoptic:
@@ -877,7 +878,7 @@ def _gather(order: _Order) -> None:
     content = shared | {"annotations": annotations, "categories": things}
     _write(order.kinds["images"], content, order.workshop)
 
-# %% ../nbs/scenes.ipynb #0edd2a76
+# %% ../nbs/scenes.ipynb #5b655412
 def coco_folder(
     root: str | Path | None,
     split: str,
@@ -933,8 +934,9 @@ def _fill(order: _Order, workers: int | None) -> None:
     todo = [chunk for chunk in order.chunks if not order.part(chunk[0]).is_file()]
     done = order.count - sum(end - first for first, end in todo)
     workers = min(workers or _cores(), max(len(todo), 1))
-    with tqdm(total=order.count, initial=done, desc=f"drawing {order.split}", unit="picture") as bar:
-        _draw_all(order, todo, workers, bar)
+    what = f"drawing {order.split}"
+    with tqdm(total=order.count, initial=done, desc=what, unit="picture") as progress:
+        _draw_all(order, todo, workers, progress)
     _gather(order)
     shutil.rmtree(order.workshop, ignore_errors=True)
 
@@ -958,7 +960,8 @@ def _digest(annotations: Iterable[dict], split: str, count: int, size: int, star
         )
     return found
 
-# %% ../nbs/scenes.ipynb #10497360
+# %% ../nbs/scenes.ipynb #2d139a59
+#: The standard, frozen: SHA-256 of the annotations of the first so many scenes of a split, 128×128.
 DIGESTS = {
     ("train", 250): "b9e4a54b72e658038474bcc038cfd5ccbcf1f8a2b5774341929a7a2bf408449d",
     ("val", 250): "2c4c57094aeb93681f3c3cac8fe7af7949f56b9d16375a2b85e737b8ab452ec5",
@@ -967,7 +970,6 @@ DIGESTS = {
     ("val", 2000): "b7ece64f80f214feae21000ed3e69caa7e8fc1155ffb823fc77f4f5d3cbd6e8a",
     ("test", 2000): "a1f86a18f39e32776078a6c40c47dc9660d6cbe68a7d08863d0675f78ec43e3a",
 }
-"""The standard, frozen: SHA-256 of the annotations of the first so many 128×128 scenes of a split."""
 
 
 def annotation_digest(split: str, count: int, size: int = 128, start: int = 0) -> str:
