@@ -714,7 +714,7 @@ def _tag(ax: Axes, box: tuple[Number, Number, Number, Number], text: str, color:
         bbox={"boxstyle": "square,pad=.18", "fc": color, "ec": "none"},
     )
 
-# %% ../nbs/figures.ipynb #18e23963
+# %% ../nbs/figures.ipynb #aed41c63
 def draw_boxes(
     image: Image.Image,
     boxes: Num[Tensor, "n 4"],
@@ -737,14 +737,17 @@ def draw_boxes(
     drawn = image.convert("RGB").copy()
     pen = ImageDraw.Draw(drawn)
     line = max(2, round(min(drawn.size) / 200))
+    corners = [(x0, y0, max(x0, x1), max(y0, y1)) for x0, y0, x1, y1 in boxes.tolist()]
     colors = _box_colors(len(boxes), labels, color)
-    for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
-        pen.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colors[i], width=line)
-        words = ([labels[i]] if labels else []) + (
-            [f"{float(scores[i]):.2f}"] if scores is not None else []
-        )
+    for box, own in zip(corners, colors):
+        edge = (box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1)
+        pen.rectangle(edge, outline="#ffffff", width=line + 2)
+        pen.rectangle(box, outline=own, width=line)
+    for i, box in enumerate(corners):  # tags after all boxes, so that no line crosses a name
+        words = [labels[i]] if labels is not None else []
+        words += [f"{float(scores[i]):.2f}"] if scores is not None else []
         if words:
-            _draw_tag(pen, x0, y0, " ".join(words), colors[i], drawn.size)
+            _draw_tag(pen, box[0], box[1], " ".join(words), colors[i], drawn.size)
     return drawn
 
 
