@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv-wheel"
@@ -65,10 +65,14 @@ def run(path: Path) -> str | None:
         client = NotebookClient(notebook, km=manager, timeout=None, resources={"metadata": {"path": empty}})
         environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
         environment |= {"PATH": f"{PYTHON.parent}{os.pathsep}{os.environ.get('PATH', '')}", "TQDM_DISABLE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-        try:
-            client.execute(env=environment)
-        except CellExecutionError as error:
-            return str(error)
+        with tempfile.TemporaryFile("w+") as said:  # what the kernel itself says, as against the cells
+            try:
+                client.execute(env=environment, stderr=said)
+            except CellExecutionError as error:
+                return str(error)
+            except DeadKernelError as error:
+                said.seek(0)
+                return f"{error}\n{said.read()}"
     return None
 
 
