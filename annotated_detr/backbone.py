@@ -19,9 +19,9 @@ from torchvision.models._utils import IntermediateLayerGetter
 
 from .nested_tensor import NestedTensor
 
-# %% ../nbs/03_backbone.ipynb #a1ce880c
+# %% ../nbs/03_backbone.ipynb #51a2cc03
 class FrozenBatchNorm2d(nn.Module):
-    """Batch normalisation whose statistics and affine parameters never change (Section 4, "Technical details").
+    """Batch normalisation whose four numbers per channel never change (Section 4, Appendix A.4).
 
     All four arrays are buffers: an optimiser does not see them, and `train()` does not touch them.
 
@@ -42,11 +42,11 @@ class FrozenBatchNorm2d(nn.Module):
         """Scale and shift every channel by its four stored numbers."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
-        # Worked out in float32; in the features' dtype from here on, so that half precision stays half.
-        return x * scale.to(x.dtype).view(1, -1, 1, 1) + shift.to(x.dtype).view(1, -1, 1, 1)
+        # Worked out in float32, applied in the features' dtype, so that half precision stays half.
+        return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        # Files saved from nn.BatchNorm2d also count their batches; a frozen layer has no use for the number.
+        # nn.BatchNorm2d also saves how many batches it saw; a frozen layer has no use for that.
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -54,16 +54,18 @@ class FrozenBatchNorm2d(nn.Module):
         """What `print(module)` shows in the parentheses."""
         return f"{self.weight.numel()}, eps={self.eps}"
 
-# %% ../nbs/03_backbone.ipynb #6612771f
-def _with_masks(features: Mapping[str, Float[Tensor, "B _ _ _"]], batch: NestedTensor) -> dict[str, NestedTensor]:
-    """Give every feature map the batch's mask, sampled at the map's own resolution by nearest neighbour."""
-    mask = batch.mask[:, None].float()
-    return {
-        name: NestedTensor(feature, F.interpolate(mask, size=feature.shape[-2:], mode="nearest")[:, 0].bool())
-        for name, feature in features.items()
-    }
+# %% ../nbs/03_backbone.ipynb #b6947ccb
+def _with_masks(
+    features: Mapping[str, Float[Tensor, "B _ _ _"]], batch: NestedTensor
+) -> dict[str, NestedTensor]:
+    """Give every feature map the batch's mask at its own size, sampled by nearest neighbour."""
+    nested = {}
+    for name, feature in features.items():
+        mask = F.interpolate(batch.mask[:, None].float(), size=feature.shape[-2:], mode="nearest")
+        nested[name] = NestedTensor(feature, mask[:, 0].bool())
+    return nested
 
-# %% ../nbs/03_backbone.ipynb #95525f16
+# %% ../nbs/03_backbone.ipynb #e69f485c
 class BackboneBase(nn.Module):
     """A ResNet cut open: its feature maps instead of its class scores, each with its mask.
 
@@ -71,10 +73,16 @@ class BackboneBase(nn.Module):
         backbone: a network with torchvision's ResNet names (`conv1` … `layer4`).
         train_backbone: whether layers 2 to 4 train. The stem and layer 1 never do.
         num_channels: channels of the last feature map.
-        return_interm_layers: return all four layers as "0" to "3", instead of the last alone as "0".
+        return_interm_layers: return all four layers as "0" to "3", instead of the last as "0".
     """
 
-    def __init__(self, backbone: nn.Module, train_backbone: bool, num_channels: int, return_interm_layers: bool) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        train_backbone: bool,
+        num_channels: int,
+        return_interm_layers: bool,
+    ) -> None:
         super().__init__()
         trainable = ("layer2", "layer3", "layer4") if train_backbone else ()
         for name, parameter in backbone.named_parameters():
@@ -91,47 +99,7 @@ class BackboneBase(nn.Module):
         """Feature maps by name, first to last layer, with the padding mask at each map's size."""
         return _with_masks(self.body(batch.tensors), batch)
 
-# %% ../nbs/03_backbone.ipynb #1276fddc
-def _imagenet_state(name: str, weights: str) -> dict[str, Tensor]:
-    """The state dict that `weights` stands for: a file, or one of torchvision's names for the network `name`."""
-    known = torchvision.models.get_model_weights(name).__members__
-    if weights in known:
-        url = known[weights].url
-        try:
-            return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-        except OSError as error:
-            folder = Path(torch.hub.get_dir()) / "checkpoints"
-            raise FileNotFoundError(
-                f"the weights {weights} of {name} are not on this machine and could not be downloaded ({error}): "
-                f"fetch {url} elsewhere and put the file into {folder}"
-            ) from error
-    path = Path(weights)
-    if not path.is_file():
-        raise FileNotFoundError(f"weights={weights!r} is neither a file nor one of torchvision's names for {name}: {', '.join(known)}")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file, or not a whole one ({error}): copy or download it again") from error
-    try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a state dict of plain tensors, which is all that is loaded: save one with torch.save(model.state_dict(), …)") from error
-
-# %% ../nbs/03_backbone.ipynb #e264b6f9
-def _load_imagenet(network: nn.Module, name: str, weights: str) -> None:
-    """Fill a ResNet, all but the classifier that the backbone does without."""
-
-    def needed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {key: value for key, value in state.items() if not key.startswith("fc.") and not key.endswith("num_batches_tracked")}
-
-    state, expected = needed(_imagenet_state(name, weights)), needed(network.state_dict())
-    wrong = sorted(state.keys() ^ expected.keys()) or [key for key in state if state[key].shape != expected[key].shape]
-    if wrong:
-        raise ValueError(f"{weights} does not hold the weights of a {name}: {len(wrong)} entries do not fit, the first is {wrong[0]!r}")
-    network.load_state_dict(state, strict=False)  # what is missing is the classifier
-
-# %% ../nbs/03_backbone.ipynb #f380aa23
+# %% ../nbs/03_backbone.ipynb #0576ec6b
 class Backbone(BackboneBase):
     """A torchvision ResNet with frozen batch normalisation (Section 3.2, "Backbone").
 
@@ -139,9 +107,11 @@ class Backbone(BackboneBase):
         name: "resnet18", "resnet34", "resnet50" or "resnet101".
         train_backbone: whether layers 2 to 4 train.
         return_interm_layers: return all four layers instead of the last alone.
-        dilation: DC5, which gives layer 4 stride 1 and dilated kernels: twice the resolution, the same parameters.
-        weights: where to start from. None: random, without touching the network. A name such as "IMAGENET1K_V1"
-            (what the paper used): torchvision's weights, downloaded once. A path: a `.pth` or `.safetensors` state dict.
+        dilation: DC5, layer 4 with stride 1 and dilated kernels: twice the resolution, the same
+            parameters.
+        weights: where to start from. None: random, without touching the network. A name such as
+            "IMAGENET1K_V1" (what the paper used): torchvision's weights, downloaded once. A path: a
+            `.pth` or `.safetensors` state dict.
 
     Raises:
         ValueError: if the name is unknown, cannot be dilated, or the file holds something else.
@@ -149,30 +119,43 @@ class Backbone(BackboneBase):
     """
 
     def __init__(
-        self, name: str, train_backbone: bool, return_interm_layers: bool, dilation: bool, weights: str | Path | None = None
+        self,
+        name: str,
+        train_backbone: bool,
+        return_interm_layers: bool,
+        dilation: bool,
+        weights: str | Path | None = None,
     ) -> None:
         channels = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048}
         if name not in channels:
             raise ValueError(f"there is no backbone {name!r}: choose one of {', '.join(channels)}")
         if dilation and channels[name] == 512:
-            raise ValueError(f"{name} cannot be dilated, because its blocks have no dilated form: use resnet50 or resnet101 for DC5")
+            raise ValueError(
+                f"{name} cannot be dilated, because its blocks have no dilated form: "
+                "use resnet50 or resnet101 for DC5"
+            )
         network = getattr(torchvision.models, name)(
-            weights=None, norm_layer=FrozenBatchNorm2d, replace_stride_with_dilation=[False, False, dilation]
+            weights=None,
+            norm_layer=FrozenBatchNorm2d,
+            replace_stride_with_dilation=[False, False, dilation],
         )
         if weights is not None:
             _load_imagenet(network, name, str(weights))
         super().__init__(network, train_backbone, channels[name], return_interm_layers)
 
-# %% ../nbs/03_backbone.ipynb #d59005c0
+# %% ../nbs/03_backbone.ipynb #88ba44c9
 def has_random_frozen_layers(module: nn.Module) -> bool:
-    """Whether some frozen batch norm still holds its initial numbers, so that layers which never train are random.
+    """Whether a frozen batch norm still holds its initial numbers: then nothing was loaded into it.
 
-    A trainer asks this before it starts: no amount of training repairs such a stem.
+    A trainer asks this before it starts, since no training repairs layers that never train.
     """
-    frozen = [layer for layer in module.modules() if isinstance(layer, FrozenBatchNorm2d)]
-    return any(bool((layer.running_mean == 0).all() and (layer.running_var == 1).all()) for layer in frozen)
+    return any(
+        not layer.running_mean.any() and bool((layer.running_var == 1).all())
+        for layer in module.modules()
+        if isinstance(layer, FrozenBatchNorm2d)
+    )
 
-# %% ../nbs/03_backbone.ipynb #9fcfb69d
+# %% ../nbs/03_backbone.ipynb #931e9cb6
 class _ResidualBlock(nn.Module):
     """Two 3×3 convolutions beside a 1×1 shortcut."""
 
@@ -185,12 +168,15 @@ class _ResidualBlock(nn.Module):
             nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False),
             nn.BatchNorm2d(channels_out),
         )
-        self.shortcut = nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out))
+        self.shortcut = nn.Sequential(
+            nn.Conv2d(channels_in, channels_out, 1, stride, bias=False),
+            nn.BatchNorm2d(channels_out),
+        )
 
     def forward(self, x: Float[Tensor, "B _ _ _"]) -> Float[Tensor, "B _ _ _"]:
         return torch.relu(self.branch(x) + self.shortcut(x))
 
-# %% ../nbs/03_backbone.ipynb #f6ab53f6
+# %% ../nbs/03_backbone.ipynb #473e1451
 class TinyBackbone(nn.Module):
     """A small residual network that learns from nothing: every layer and every norm trains.
 
@@ -204,14 +190,77 @@ class TinyBackbone(nn.Module):
     def __init__(self, channels: Sequence[int] = (24, 48, 96)) -> None:
         super().__init__()
         if len(channels) == 0:
-            raise ValueError("TinyBackbone needs at least one block: give its channels, for example (24, 48, 96)")
-        stem = [nn.Conv2d(3, channels[0], 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(channels[0]), nn.ReLU(inplace=True)]
-        blocks = [_ResidualBlock(channels[0], channels[0], stride=1)]
-        blocks += [_ResidualBlock(before, after, stride=2) for before, after in zip(channels, channels[1:])]
-        self.stem = nn.Sequential(*stem)
-        self.blocks = nn.Sequential(*blocks)
+            raise ValueError(
+                "TinyBackbone needs at least one block: give its channels, for example (24, 48, 96)"
+            )
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, channels[0], 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(channels[0]),
+            nn.ReLU(inplace=True),
+        )
+        self.blocks = nn.Sequential(
+            _ResidualBlock(channels[0], channels[0], stride=1),
+            *(_ResidualBlock(*widths, stride=2) for widths in zip(channels, channels[1:])),
+        )
         self.num_channels = channels[-1]
 
     def forward(self, batch: NestedTensor) -> dict[str, NestedTensor]:
-        """The last feature map as "0", with the padding mask at its size: what `Backbone` returns."""
+        """The last feature map as "0", with the mask at its size: what `Backbone` returns."""
         return _with_masks({"0": self.blocks(self.stem(batch.tensors))}, batch)
+
+# %% ../nbs/03_backbone.ipynb #9323dc21
+def _imagenet_state(name: str, weights: str) -> dict[str, Tensor]:
+    """The state dict that `weights` stands for: a file, or a name that torchvision knows."""
+    known = torchvision.models.get_model_weights(name).__members__
+    if weights in known:
+        url = known[weights].url
+        try:
+            return torch.hub.load_state_dict_from_url(
+                url, map_location="cpu", check_hash=True, weights_only=True
+            )
+        except OSError as error:
+            folder = Path(torch.hub.get_dir()) / "checkpoints"
+            raise FileNotFoundError(
+                f"the weights {weights} of {name} are not on this machine and could not be "
+                f"downloaded ({error}): fetch {url} elsewhere and put the file into {folder}"
+            ) from error
+    path = Path(weights)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"weights={weights!r} is neither a file nor one of torchvision's names for {name}: "
+            f"{', '.join(known)}"
+        )
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is not a safetensors file, or not a whole one ({error}): "
+                "copy or download it again"
+            ) from error
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a state dict of plain tensors, which is all that is loaded: "
+            "save one with torch.save(model.state_dict(), …)"
+        ) from error
+
+# %% ../nbs/03_backbone.ipynb #aa4e30eb
+def _load_imagenet(network: nn.Module, name: str, weights: str) -> None:
+    """Fill a ResNet, all but the classifier that the backbone does without."""
+
+    expected = {key: value for key, value in network.state_dict().items() if "fc." not in key}
+    state = {
+        key: value
+        for key, value in _imagenet_state(name, weights).items()
+        if not key.startswith("fc.") and not key.endswith("num_batches_tracked")
+    }
+    wrong = sorted(state.keys() ^ expected.keys())
+    wrong = wrong or [key for key in state if state[key].shape != expected[key].shape]
+    if wrong:
+        raise ValueError(
+            f"{weights} does not hold the weights of a {name}: {len(wrong)} entries do not fit, "
+            f"the first is {wrong[0]!r}"
+        )
+    network.load_state_dict(state, strict=False)  # what is missing is the classifier

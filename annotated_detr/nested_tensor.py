@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-# %% ../nbs/02_nested_tensor.ipynb #96c38c7d
+# %% ../nbs/02_nested_tensor.ipynb #b1a24745
 class NestedTensor:
-    """Pictures (or their features) padded to one size, with the mask that says which cells are padding.
+    """Pictures (or their features) padded to one size, and the mask that says what is padding.
 
     Args:
         tensors: the padded batch, in any floating dtype.
@@ -25,18 +25,22 @@ class NestedTensor:
 
     def __init__(self, tensors: Float[Tensor, "B C H0 W0"], mask: Bool[Tensor, "B H0 W0"]) -> None:
         if mask.dtype != torch.bool:
-            raise TypeError(f"the mask is {mask.dtype}, but it has to be bool, True on padding; mask.bool() converts one that is 1 on padding")
+            raise TypeError(
+                f"the mask is {mask.dtype}, but it has to be bool, True on padding: "
+                "mask.bool() converts one that is 1 on padding"
+            )
         if tensors.ndim != 4 or mask.shape != tensors[:, 0].shape:
             raise ValueError(
-                f"tensors {list(tensors.shape)} and mask {list(mask.shape)} do not describe the same cells: "
-                "they have to be [B, C, H0, W0] and [B, H0, W0]"
+                f"tensors {list(tensors.shape)} and mask {list(mask.shape)} do not describe the "
+                "same cells: they have to be [B, C, H0, W0] and [B, H0, W0]"
             )
         self.tensors = tensors
         self.mask = mask
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "NestedTensor":
-        """A copy on another device; `non_blocking` overlaps the copy with computation if the memory is pinned."""
-        return NestedTensor(self.tensors.to(device, non_blocking=non_blocking), self.mask.to(device, non_blocking=non_blocking))
+        """The pair on another device; `non_blocking`: without waiting, if its memory is pinned."""
+        tensors = self.tensors.to(device, non_blocking=non_blocking)
+        return NestedTensor(tensors, self.mask.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "NestedTensor":
         """A copy in page-locked memory. A `DataLoader` with `pin_memory=True` calls this."""
@@ -51,10 +55,10 @@ class NestedTensor:
         padding = "" if self.mask.is_meta else f", {self.mask.float().mean():.0%} padding"
         return f"NestedTensor({list(self.tensors.shape)}, {dtype}, {self.tensors.device}{padding})"
 
-# %% ../nbs/02_nested_tensor.ipynb #d30372ee
+# %% ../nbs/02_nested_tensor.ipynb #bcc77189
 def _check_pictures(tensor_list: list[Tensor]) -> None:
-    """Stop with a sentence that names the first picture that cannot be in a batch with the others."""
-    if isinstance(tensor_list, Tensor) or not all(isinstance(picture, Tensor) for picture in tensor_list):
+    """Stop with a sentence that names the first picture that cannot be in a batch."""
+    if isinstance(tensor_list, Tensor) or not all(isinstance(p, Tensor) for p in tensor_list):
         raise TypeError("a batch is made from a list of tensors [3, h, w], one for each picture")
     if len(tensor_list) == 0:
         raise ValueError("the list of pictures is empty: a batch needs at least one picture")
@@ -62,21 +66,34 @@ def _check_pictures(tensor_list: list[Tensor]) -> None:
     for i, picture in enumerate(tensor_list):
         shape = list(picture.shape)
         if picture.ndim != 3:
-            raise ValueError(f"picture {i} has shape {shape}: every picture has to be [3, h, w], without a batch axis")
+            raise ValueError(
+                f"picture {i} has shape {shape}: every picture has to be [3, h, w], "
+                "without a batch axis"
+            )
         if not picture.is_floating_point():
-            raise TypeError(f"picture {i} is {picture.dtype}: scale and normalise it to floats first (make_coco_transforms does)")
+            raise TypeError(
+                f"picture {i} is {picture.dtype}: scale and normalise it to floats first "
+                "(make_coco_transforms does)"
+            )
         if shape[0] != 3:
-            raise ValueError(f"picture {i} has shape {shape}, so {shape[0]} channels instead of 3: convert it to RGB")
+            raise ValueError(
+                f"picture {i} has shape {shape}, so {shape[0]} channels instead of 3: "
+                "convert it to RGB"
+            )
         if shape[1] == 0 or shape[2] == 0:
-            raise ValueError(f"picture {i} has shape {shape}, so it has no pixels: remove it or look at the crop that made it")
+            raise ValueError(
+                f"picture {i} has shape {shape}, so it has no pixels: "
+                "remove it or look at the crop that made it"
+            )
         if picture.dtype != first.dtype or picture.device != first.device:
             raise ValueError(
-                f"picture {i} is {picture.dtype} on {picture.device} and picture 0 is {first.dtype} on {first.device}: make them alike"
+                f"picture {i} is {picture.dtype} on {picture.device} and picture 0 is "
+                f"{first.dtype} on {first.device}: make them alike"
             )
 
-# %% ../nbs/02_nested_tensor.ipynb #3581fe3a
+# %% ../nbs/02_nested_tensor.ipynb #54d248b7
 def nested_tensor_from_tensor_list(tensor_list: list[Float[Tensor, "3 _ _"]]) -> NestedTensor:
-    """Pad pictures with zeros, on the right and at the bottom, to the largest height and width among them.
+    """Pad pictures with zeros, right and below, to the largest height and width among them.
 
     Args:
         tensor_list: one normalised picture [3, h, w] per entry, each with its own h and w.
@@ -86,7 +103,8 @@ def nested_tensor_from_tensor_list(tensor_list: list[Float[Tensor, "3 _ _"]]) ->
 
     Raises:
         TypeError: if an entry is not a floating-point tensor.
-        ValueError: if the list is empty, or a picture is not [3, h, w], has no pixels, or differs from the first in dtype or device.
+        ValueError: if the list is empty, or a picture is not [3, h, w], has no pixels, or differs
+            from the first in dtype or device.
     """
     _check_pictures(tensor_list)
     height = max(picture.shape[1] for picture in tensor_list)
@@ -99,9 +117,9 @@ def nested_tensor_from_tensor_list(tensor_list: list[Float[Tensor, "3 _ _"]]) ->
         mask[i, :h, :w] = False
     return NestedTensor(tensors, mask)
 
-# %% ../nbs/02_nested_tensor.ipynb #15ad396f
+# %% ../nbs/02_nested_tensor.ipynb #d1e6677b
 def collate_fn(batch: list[tuple[Tensor, Any]]) -> tuple[NestedTensor, tuple[Any, ...]]:
-    """Turn a list of `(picture, target)` into `(NestedTensor, targets)`: what a `DataLoader` hands to DETR.
+    """Turn a list of `(picture, target)` into `(NestedTensor, targets)`, for a `DataLoader`.
 
     The targets stay a tuple of dictionaries, since every picture has its own number of boxes.
     """

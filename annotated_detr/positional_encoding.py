@@ -12,44 +12,52 @@ from torch import Tensor, nn
 
 from .nested_tensor import NestedTensor
 
-# %% ../nbs/04_positional_encoding.ipynb #36d512ce
-def _waves(positions: Float[Tensor, "B H W"], num_pos_feats: int, temperature: float | int) -> Float[Tensor, "B H W _"]:
-    """Each position as sines and cosines of ever longer waves: sin in channel 2i, cos in channel 2i + 1."""
+# %% ../nbs/04_positional_encoding.ipynb #a1c37094
+def _waves(
+    positions: Float[Tensor, "B H W"], num_pos_feats: int, temperature: float | int
+) -> Float[Tensor, "B H W _"]:
+    """Each position as points on ever slower circles: sin in channel 2i, cos in channel 2i + 1."""
     pair = torch.arange(num_pos_feats // 2, dtype=torch.float32, device=positions.device)
     angles = positions[..., None] / temperature ** (2 * pair / num_pos_feats)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
-# %% ../nbs/04_positional_encoding.ipynb #633448b1
+# %% ../nbs/04_positional_encoding.ipynb #d8cf8f02
 class PositionEmbeddingSine(nn.Module):
-    """Sines and cosines of a cell's row and column among the valid cells of its picture (Appendix A.4).
+    """Sines and cosines of a cell's row and column in its own picture (Appendix A.4).
 
     Nothing is learned. Everything is computed in float32, whatever the dtype of the features.
 
     Args:
         num_pos_feats: channels for y, and as many again for x; even.
-        temperature: the longest wave is almost `temperature` times as long as the shortest (2π).
-        normalize: divide by the picture's own last position, so that all pictures run from 0 to `scale`.
-        scale: the end of that range; 2π unless given.
+        temperature: the slowest wave is almost `temperature` times as long as the fastest (2π).
+        normalize: divide by the picture's own last position, so that pictures end at `scale`.
+        scale: where normalised positions end; 2π unless given.
 
     Raises:
         ValueError: if `num_pos_feats` is odd, or `scale` is given without `normalize`.
     """
 
     def __init__(
-        self, num_pos_feats: int = 64, temperature: float | int = 10000, normalize: bool = False, scale: float | int | None = None
+        self,
+        num_pos_feats: int = 64,
+        temperature: float | int = 10000,
+        normalize: bool = False,
+        scale: float | int | None = None,
     ) -> None:
         super().__init__()
         if num_pos_feats % 2 != 0:
-            raise ValueError(f"num_pos_feats is {num_pos_feats}: it has to be even, since every sine comes with a cosine")
+            raise ValueError(
+                f"num_pos_feats is {num_pos_feats}: it has to be even, so that sines and cosines pair"
+            )
         if scale is not None and not normalize:
-            raise ValueError("scale is the end of the normalised range: pass normalize=True with it")
+            raise ValueError("scale is where normalised positions end: pass normalize=True with it")
         self.num_pos_feats = num_pos_feats
         self.temperature = temperature
         self.normalize = normalize
         self.scale = 2 * math.pi if scale is None else scale
 
     def forward(self, batch: NestedTensor) -> Float[Tensor, "B d H W"]:
-        """Positions [B, 2 · num_pos_feats, H, W] in float32, the channels of y first, then those of x."""
+        """Positions [B, 2 · num_pos_feats, H, W] in float32: channels of y first, then of x."""
         valid = ~batch.mask
         y = valid.cumsum(1, dtype=torch.float32)  # the first row of a picture is 1
         x = valid.cumsum(2, dtype=torch.float32)
@@ -57,10 +65,10 @@ class PositionEmbeddingSine(nn.Module):
             # A picture that is all padding would divide 0 by 0; the small number keeps it at 0.
             y = y / (y[:, -1:, :] + 1e-6) * self.scale
             x = x / (x[:, :, -1:] + 1e-6) * self.scale
-        encoded = [_waves(positions, self.num_pos_feats, self.temperature) for positions in (y, x)]
-        return torch.cat(encoded, dim=-1).permute(0, 3, 1, 2)
+        waves = [_waves(axis, self.num_pos_feats, self.temperature) for axis in (y, x)]
+        return torch.cat(waves, dim=-1).permute(0, 3, 1, 2)
 
-# %% ../nbs/04_positional_encoding.ipynb #00881ae2
+# %% ../nbs/04_positional_encoding.ipynb #959bb118
 class PositionEmbeddingLearned(nn.Module):
     """A learned vector for every column and one for every row, up to 50 of each (Section 4.2).
 
@@ -84,27 +92,30 @@ class PositionEmbeddingLearned(nn.Module):
         B, H, W = batch.mask.shape
         if H > 50 or W > 50:
             raise ValueError(
-                f"the feature map is {H}×{W} cells and the learned positions end at 50: make the pictures smaller or use sine positions"
+                f"the feature map is {H}×{W} cells and the learned positions end at 50: "
+                "make the pictures smaller or use sine positions"
             )
         x = self.col_embed.weight[:W].expand(H, W, -1)
         y = self.row_embed.weight[:H, None].expand(H, W, -1)
         return torch.cat((x, y), dim=-1).permute(2, 0, 1).expand(B, -1, H, W)
 
-# %% ../nbs/04_positional_encoding.ipynb #36677b60
+# %% ../nbs/04_positional_encoding.ipynb #e2318181
 class Joiner(nn.Sequential):
     """A backbone followed by a positional encoding of each of its feature maps.
 
     Args:
-        backbone: a module that turns a NestedTensor into a dictionary of them and knows its `num_channels`.
-        position_embedding: a module that turns a NestedTensor into positions [B, d, H, W].
+        backbone: turns a NestedTensor into a dictionary of them, and knows its `num_channels`.
+        position_embedding: turns a NestedTensor into positions [B, d, H, W].
     """
 
     def __init__(self, backbone: nn.Module, position_embedding: nn.Module) -> None:
         super().__init__(backbone, position_embedding)
         self.num_channels = backbone.num_channels
 
-    def forward(self, batch: NestedTensor) -> tuple[list[NestedTensor], list[Float[Tensor, "B d _ _"]]]:
-        """The feature maps, first to last layer, and for each one its positions, in the features' dtype."""
+    def forward(
+        self, batch: NestedTensor
+    ) -> tuple[list[NestedTensor], list[Float[Tensor, "B d _ _"]]]:
+        """The feature maps, first to last layer, and the positions of each, in its dtype."""
         backbone, position_embedding = self
         features = list(backbone(batch).values())
-        return features, [position_embedding(feature).to(feature.tensors.dtype) for feature in features]
+        return features, [position_embedding(f).to(f.tensors.dtype) for f in features]
