@@ -424,7 +424,7 @@ def test_a_healthy_data_set_has_no_findings(pictures, tmp_path):
     report = check(pictures, healthy(), tmp_path, num_queries=2)
     assert report.ok and report.findings == [] and report.num_classes == 6
     assert report.index_line() == [(1, "cup"), (5, "spoon"), (6, "no object")]
-    assert report.counts == {"pictures": 3, "annotations": 6, "crowds": 0, "boxes": 6, "most_boxes": 2, "pictures_without_boxes": 0}
+    assert report.counts == {"pictures": 3, "annotations": 6, "crowds": 0, "boxes": 6, "boxes_in_fullest_picture": 2, "pictures_without_boxes": 0}
     assert report.classes[1] == {"name": "cup", "boxes": 3, "pictures": 3}
     assert sum(report.box_sides.values()) == 6 and report.box_sides["8–16"] == 3
     assert json.loads(report.to_json())["ok"] is True
