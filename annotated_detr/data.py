@@ -709,12 +709,12 @@ class Report:
     def __str__(self) -> str:
         return "\n".join(_report_lines(self))
 
-# %% ../nbs/01_data.ipynb #3330fdf7
+# %% ../nbs/01_data.ipynb #92733afa
 #| code-fold: true
 def _report_lines(report: Report, examples: int = 5) -> Iterator[str]:
     """Lay a report out as text: counts, index line, box sides, then findings by kind."""
     counts = [f"{name.replace('_', ' ')} {count:,}" for name, count in report.counts.items()]
-    yield f"{os.path.basename(report.ann_file)}: {', '.join(counts)}"
+    yield f"{os.path.basename(report.ann_file)}:\n{', '.join(counts)}"
     if report.classes:
         yield f"\nnum_classes = {report.num_classes}; a category's id is the index of its logit:"
         for index, name in report.index_line():
@@ -969,7 +969,7 @@ def _is_segmentation(value: object) -> bool:
         for polygon in value
     )
 
-# %% ../nbs/01_data.ipynb #e2418ad1
+# %% ../nbs/01_data.ipynb #6753353c
 def guess_box_format(boxes: Float[Tensor, "n 4"], sizes: Float[Tensor, "n 2"]) -> str:
     """Guess in which format the boxes of a whole file were written, from where they would lie.
 
@@ -988,7 +988,10 @@ def guess_box_format(boxes: Float[Tensor, "n 4"], sizes: Float[Tensor, "n 2"]) -
 
     def inside(box_format: str) -> Bool[Tensor, "n"]:
         corners = box_convert(shares, box_format, "xyxy")
-        return has_area(corners) & (corners > -0.1).all(dim=1) & (corners < 1.1).all(dim=1)
+        ordered = (corners[:, 2:] >= corners[:, :2]).all(
+            dim=1
+        )  # any file may hold a few empty boxes
+        return ordered & (corners > -0.1).all(dim=1) & (corners < 1.1).all(dim=1)
 
     if inside("xywh").float().mean() < 0.9:
         for box_format in ("xyxy", "cxcywh"):
@@ -1083,7 +1086,7 @@ FORMATS = {
     "relative cxcywh": "centre x, centre y, width, height in 0..1",
 }
 
-# %% ../nbs/01_data.ipynb #049e90f0
+# %% ../nbs/01_data.ipynb #af114031
 #| code-fold: true
 def _count(
     report: Report,
@@ -1097,7 +1100,7 @@ def _count(
     kept = [entry for entry in boxes if not entry.get("iscrowd", 0) and min(entry["bbox"][2:]) > 0]
     per_image = Counter(entry["image_id"] for entry in kept)
     for id, entry in images.items():
-        if not per_image[id]:
+        if not per_image[id] and id in sizes:
             report.add("no boxes", "the picture has no usable box", entry["file_name"], id)
         if report.num_queries is not None and per_image[id] > report.num_queries:
             report.add(

@@ -539,6 +539,11 @@ def test_repair_converts_the_format_of_a_whole_file(pictures, tmp_path):
         np.testing.assert_allclose([a["bbox"] for a in mended["annotations"]], wanted, atol=1e-9, err_msg=way)
 
 
+def test_an_empty_box_does_not_hide_the_format():
+    corners = torch.tensor([[10.0, 10, 40, 40], [30, 20, 60, 45], [50, 30, 50, 40], [20, 5, 64, 48]])
+    assert data.guess_box_format(corners, torch.tensor([[64.0, 48]] * 4)) == "xyxy"
+
+
 def test_repair_follows_ids_of_every_type(pictures, tmp_path):
     content = healthy()
     content["images"][0]["id"], content["images"][1]["id"], content["images"][2]["id"] = "1", "a-uuid", 3.0
