@@ -4,9 +4,10 @@
 __all__ = ['SHIPPED', 'Detector', 'load_detector', 'Detections', 'predict', 'FolderReport', 'predict_folder', 'attention_maps',
            'attention_figure']
 
-# %% ../nbs/11_inference.ipynb #c5a38399
+# %% ../nbs/11_inference.ipynb #67f9e010
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,16 +32,16 @@ from .nested_tensor import nested_tensor_from_tensor_list
 from .training import load_model, write_atomically
 from .transformer import record_attention
 
-# %% ../nbs/11_inference.ipynb #afb0b8cd
+# %% ../nbs/11_inference.ipynb #491f9187
 @dataclass
 class Detector:
-    """A model with what it takes to use it: the names of its classes and the size it wants pictures in.
+    """A model with what it takes to use it.
 
     Args:
         model: a `DETR`, on the device where it shall run.
         class_names: the name of every category id.
         size: what a picture's short side is resized to.
-        max_size: the most that its long side may then have; in the paper's proportion (1333 for 800) if None.
+        max_size: the most that its long side may then have; 1333 for 800, in proportion, if None.
     """
 
     model: nn.Module
@@ -60,12 +61,12 @@ class Detector:
         return self.class_names.get(label, f"class {label}")
 
     def outputs(self, pictures: Sequence[Image.Image]) -> dict:
-        """What the model itself says about RGB pictures, batched together: logits and relative boxes, of every query."""
+        """The model's own answer to RGB pictures, batched together: of every query, unjudged."""
         batch = nested_tensor_from_tensor_list([self.transform(picture)[0] for picture in pictures])
         with eval_mode(self.model), torch.inference_mode():
             return self.model(batch.to(self.device))
 
-# %% ../nbs/11_inference.ipynb #54a19d4b
+# %% ../nbs/11_inference.ipynb #9265dffa
 SHIPPED = {"tiny-scenes": "tiny_scenes.safetensors"}
 
 
@@ -73,8 +74,8 @@ def load_detector(path: str | os.PathLike, device: str | torch.device = "cpu") -
     """Loads a trained detector.
 
     Args:
-        path: a run folder (its best checkpoint, else its last), a `.safetensors` file that `save_model` wrote, or the name of a detector that
-            comes with the package: "tiny-scenes".
+        path: a run folder (its best checkpoint, else its last), a `.safetensors` file that
+            `save_model` wrote, or the name of a detector that comes along: "tiny-scenes".
         device: where it shall run.
 
     Raises:
@@ -84,7 +85,7 @@ def load_detector(path: str | os.PathLike, device: str | torch.device = "cpu") -
     class_names = {int(label): name for label, name in spec.class_names.items()}
     return Detector(model.to(device), class_names, spec.size)
 
-# %% ../nbs/11_inference.ipynb #5ff334b9
+# %% ../nbs/11_inference.ipynb #6c5de767
 def _weights_file(path: str | os.PathLike) -> Path:
     if str(path) in SHIPPED:
         return Path(str(resources.files("annotated_detr") / SHIPPED[str(path)]))
@@ -93,25 +94,27 @@ def _weights_file(path: str | os.PathLike) -> Path:
         return path
     if not path.is_dir():
         raise FileNotFoundError(
-            f"{path} is neither a run folder nor a weights file nor one of the detectors that come along: {', '.join(SHIPPED)}."
+            f"{path} is neither a run folder nor a weights file nor the name of a detector "
+            f"that comes along ({', '.join(SHIPPED)})."
         )
     for name in ("best", "last"):
         if (path / "checkpoints" / f"{name}.safetensors").is_file():
             return path / "checkpoints" / f"{name}.safetensors"
     raise FileNotFoundError(
-        f"{path} has no checkpoints/best.safetensors or last.safetensors; is it a run folder, and has the run saved anything yet?"
+        f"{path} has no checkpoints/best.safetensors or last.safetensors; "
+        "is it a run folder, and has the run saved anything yet?"
     )
 
-# %% ../nbs/11_inference.ipynb #9f19cc93
+# %% ../nbs/11_inference.ipynb #e233bacc
 @dataclass
 class Detections:
     """What a detector found in one picture, best score first.
 
     Attributes:
         boxes: x0y0x1y1 in pixels of the picture as a viewer shows it.
-        scores: the probability of the class named.
+        scores: the probability of the named class, 0 to 1.
         labels: category ids.
-        queries: which object query found it, 0 to N − 1.
+        queries: which object query found it, 0 to N - 1.
         names: the labels' names.
     """
 
@@ -126,17 +129,18 @@ class Detections:
 
     def draw(self, image: Image.Image) -> Image.Image:
         """A copy of the picture with the boxes, names and scores on it."""
-        return figures.draw_boxes(_as_shown(image), self.boxes, self.names, self.scores.tolist())
+        scores = self.scores.tolist()
+        return figures.draw_boxes(_as_shown(image), self.boxes, self.names, scores)
 
     def rows(self, image_id: int) -> list[dict]:
-        """COCO's results format, one row per detection: image_id, category_id, bbox [x, y, width, height], score."""
+        """COCO's results format: image_id, category_id, bbox [x, y, width, height], score."""
         bboxes = box_convert(self.boxes, "xyxy", "xywh").tolist()
         return [
             {"image_id": image_id, "category_id": label, "bbox": bbox, "score": score}
             for label, bbox, score in zip(self.labels.tolist(), bboxes, self.scores.tolist())
         ]
 
-# %% ../nbs/11_inference.ipynb #930b82b9
+# %% ../nbs/11_inference.ipynb #0b0e974c
 def _as_shown(image: str | os.PathLike | Image.Image) -> Image.Image:
     """The picture as a viewer shows it: upright, RGB."""
     if isinstance(image, Image.Image):
@@ -147,23 +151,47 @@ def _as_shown(image: str | os.PathLike | Image.Image) -> Image.Image:
 def _check_threshold(threshold: float) -> None:
     if not 0 <= threshold <= 1:
         raise ValueError(
-            f"The threshold is {threshold}; a score is a probability, so choose one from 0 (everything) to 1 (nearly nothing)."
+            f"The threshold is {threshold}; a score is a probability, so choose one "
+            "from 0 (every query) to 1 (nearly nothing)."
         )
 
-# %% ../nbs/11_inference.ipynb #dc789a6f
+# %% ../nbs/11_inference.ipynb #0f68daa2
+def _detections(
+    detector: Detector, pictures: list[Image.Image], threshold: float, first: int
+) -> Iterator[Detections]:
+    """The detections of one batch; its first picture is number `first`, for messages."""
+    outputs = detector.outputs(pictures)
+    tables = (outputs["pred_logits"], outputs["pred_boxes"])
+    finite = torch.stack([torch.isfinite(table).flatten(1).all(1) for table in tables]).all(0)
+    if not finite.all():
+        raise ValueError(
+            f"The model's answer to picture {first + int(finite.int().argmin())} is not finite; "
+            "its weights are broken, perhaps by a run that diverged."
+        )
+    # Boxes are relative to a picture without its padding: scale them by its own size.
+    sizes = [[picture.height, picture.width] for picture in pictures]
+    for result in PostProcess()(outputs, torch.tensor(sizes, device=detector.device)):
+        scores, order = result["scores"].float().cpu().sort(descending=True, stable=True)
+        queries = order[scores >= threshold]
+        labels = result["labels"].cpu()[queries]
+        names = [detector.name_of(label) for label in labels.tolist()]
+        boxes = result["boxes"].float().cpu()[queries]
+        yield Detections(boxes, scores[: len(queries)], labels, queries, names)
+
+# %% ../nbs/11_inference.ipynb #60e79a4d
 def predict(
     detector: Detector | nn.Module,
     images: str | os.PathLike | Image.Image | Sequence[str | os.PathLike | Image.Image],
     threshold: float = 0.7,
     batch_size: int = 1,
 ) -> list[Detections]:
-    """Finds objects in pictures: no NMS, every query whose best class is sure enough.
+    """Finds objects in pictures: every query whose best class is sure enough, and no NMS.
 
-    Pictures in one batch are padded to one size, and padding changes what a convolution sees at a picture's edge; with the default batch of 1 an
-    answer depends on its picture alone.
+    With the default batch of 1 an answer depends on its picture alone: padding would leak into it.
 
     Args:
-        detector: from `load_detector`, or a bare `DETR`, which then sees pictures at the paper's size and names classes by number.
+        detector: from `load_detector`, or a bare `DETR`, which then sees pictures at the paper's
+            size and names classes by number.
         images: one picture or several: paths, or PIL pictures.
         threshold: the least score that is kept, from 0 (all N queries) to 1.
         batch_size: how many pictures run at once.
@@ -172,50 +200,28 @@ def predict(
         One `Detections` per picture.
 
     Raises:
-        ValueError: if a picture cannot be read, the threshold is not a probability, or the model's answer is not finite.
+        ValueError: if a picture cannot be read, the threshold is not a probability, or the
+            model's answer is not finite.
     """
     _check_threshold(threshold)
-    if isinstance(detector, nn.Module):
-        detector = Detector(detector)
-    if isinstance(images, (str, os.PathLike, Image.Image)):
-        images = [images]
+    detector = Detector(detector) if isinstance(detector, nn.Module) else detector
+    images = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else images
     found = []
     for first in range(0, len(images), batch_size):
         pictures = [_as_shown(image) for image in images[first : first + batch_size]]
         found += _detections(detector, pictures, threshold, first)
     return found
 
-# %% ../nbs/11_inference.ipynb #a6532512
-def _detections(
-    detector: Detector, pictures: list[Image.Image], threshold: float, first: int = 0
-) -> Iterator[Detections]:
-    """One batch of pictures; `first` is the number of the first one, for messages."""
-    outputs = detector.outputs(pictures)
-    finite = torch.isfinite(outputs["pred_logits"]).flatten(1).all(1) & torch.isfinite(
-        outputs["pred_boxes"]
-    ).flatten(1).all(1)
-    if not finite.all():
-        number = first + int(finite.int().argmin())
-        raise ValueError(
-            f"The model's answer for picture {number} is not finite; its weights are broken, perhaps by a run that diverged."
-        )
-    # The picture's own size, not the padded one: boxes are relative to the picture without its padding.
-    sizes = torch.tensor(
-        [[picture.height, picture.width] for picture in pictures], device=detector.device
-    )
-    for result in PostProcess()(outputs, sizes):
-        scores, order = result["scores"].float().cpu().sort(descending=True, stable=True)
-        queries = order[scores >= threshold]
-        labels = result["labels"].cpu()[queries]
-        names = [detector.name_of(label) for label in labels.tolist()]
-        yield Detections(
-            result["boxes"].float().cpu()[queries], scores[: len(queries)], labels, queries, names
-        )
-
-# %% ../nbs/11_inference.ipynb #6af2e1ca
+# %% ../nbs/11_inference.ipynb #0570e928
 @dataclass
 class FolderReport:
-    """What `predict_folder` did: how many pictures it answered, how many were answered already, and why others failed."""
+    """What `predict_folder` did.
+
+    Attributes:
+        done: how many pictures it answered.
+        skipped: how many an earlier call had answered.
+        failed: why a picture could not be answered, by its name.
+    """
 
     done: int = 0
     skipped: int = 0
@@ -226,34 +232,86 @@ class FolderReport:
         """0 if every picture has its answer, else 1."""
         return int(bool(self.failed))
 
-# %% ../nbs/11_inference.ipynb #5bb6e58a
+# %% ../nbs/11_inference.ipynb #e6c81a25
+def predict_folder(
+    detector: Detector,
+    inputs: str | os.PathLike | Iterable[str | os.PathLike],
+    out: str | os.PathLike,
+    threshold: float = 0.7,
+    batch_size: int = 1,
+    draw: bool = True,
+    image_ids: Mapping[str, int] | None = None,
+    progress: bool = True,
+) -> FolderReport:
+    """Finds objects in many pictures; killed and started again, it goes on where it was.
+
+    `out` then holds the pictures with their boxes, `predictions.json` (COCO's results format, and
+    each row's `file_name`) and `predictions.jsonl` (a line per picture, found something or not).
+
+    Args:
+        detector: from `load_detector`.
+        inputs: a folder (with its subfolders), a picture, or several pictures.
+        out: a new or empty folder, or one that the same call began.
+        threshold: the least score kept; 0 for rows to be scored, since AP wants them all.
+        batch_size: how many pictures run at once.
+        draw: whether to write the drawn pictures.
+        image_ids: ids by file name, as an annotation file has them; 1, 2, … if None.
+        progress: whether to show a bar.
+
+    Raises:
+        FileNotFoundError: without a picture.
+        FileExistsError: if `out` holds files of others, or answers of other weights or settings.
+        ValueError: if two pictures share a name, or one has no id in `image_ids`.
+    """
+    _check_threshold(threshold)
+    pictures = _find_pictures(inputs, Path(out), image_ids)
+    journal, report = _Journal(Path(out), detector, threshold), FolderReport()
+    waiting = _readable(pictures, detector, journal, draw, report)
+    quiet = {} if progress else {"disable": True}
+    with tqdm(total=len(pictures), desc="predict", unit="picture", **quiet) as bar:
+        while batch := list(islice(waiting, batch_size)):
+            for entry, picture in _answer(detector, batch, threshold, image_ids, journal):
+                report.done += 1
+                if draw:
+                    _draw_entry(entry, picture, detector, journal.out)
+                bar.update(report.done + report.skipped + len(report.failed) - bar.n)
+    journal.write_results()
+    return report
+
+# %% ../nbs/11_inference.ipynb #52b2d464
 SUFFIXES = frozenset(Image.registered_extensions())
 
 
 def _find_pictures(
-    inputs: str | os.PathLike | Iterable[str | os.PathLike], out: Path
+    inputs: str | os.PathLike | Iterable[str | os.PathLike],
+    out: Path,
+    image_ids: Mapping[str, int] | None,
 ) -> dict[str, Path]:
-    """Pictures by name: relative to the folder, or the bare file names if several are given."""
+    """Pictures by name: relative to the folder, or bare file names if several are given."""
     if isinstance(inputs, (str, os.PathLike)) and Path(inputs).is_dir():
-        folder, drawn = Path(inputs), Path(out).resolve()
-        files = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
-        if drawn != folder.resolve() and drawn.is_relative_to(folder.resolve()):
-            # Drawn pictures of an earlier call must not become pictures to look at.
-            files = [path for path in files if not path.resolve().is_relative_to(drawn)]
-        if not files:
-            raise FileNotFoundError(f"{inputs} holds no picture of a format that PIL reads.")
-        return {path.relative_to(folder).as_posix(): path for path in sorted(files)}
-    files = [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs
-    pictures: dict[str, Path] = {}
-    for path in map(Path, files):
-        if path.name in pictures:
-            raise ValueError(
-                f"{pictures[path.name]} and {path} have the same name; run them into two folders."
-            )
-        pictures[path.name] = path
+        pictures = _pictures_in(Path(inputs), out)
+    else:
+        pictures = {}
+        for path in map(Path, [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs):
+            if path.name in pictures:
+                raise ValueError(f"{pictures[path.name]} and {path} share a name; use two folders.")
+            pictures[path.name] = path
     if not pictures:
         raise FileNotFoundError("There is no picture to look at; name a folder or files.")
+    for name in pictures:
+        if image_ids is not None and name not in image_ids:
+            raise ValueError(f"{name} has no id in image_ids; is it the right annotation file?")
     return pictures
+
+
+def _pictures_in(folder: Path, out: Path) -> dict[str, Path]:
+    files = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
+    if out.resolve() != folder.resolve() and out.resolve().is_relative_to(folder.resolve()):
+        # Drawn pictures of an earlier call must not become pictures to look at.
+        files = [path for path in files if not path.resolve().is_relative_to(out.resolve())]
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no picture of a format that PIL reads.")
+    return {path.relative_to(folder).as_posix(): path for path in sorted(files)}
 
 # %% ../nbs/11_inference.ipynb #d34c2ee1
 class _Journal:
@@ -311,7 +369,7 @@ def _fingerprint(model: nn.Module) -> str:
         digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/11_inference.ipynb #0c951ce4
+# %% ../nbs/11_inference.ipynb #48bdf301
 def _readable(
     pictures: Mapping[str, Path],
     detector: Detector,
@@ -338,7 +396,7 @@ def _readable(
         else:  # answered, but killed before it was drawn
             _draw_entry(entry, picture, detector, journal.out)
 
-
+# %% ../nbs/11_inference.ipynb #36688d8a
 def _answer(
     detector: Detector,
     batch: list[tuple[str, Image.Image]],
@@ -373,71 +431,9 @@ def _draw_entry(entry: dict, picture: Image.Image, detector: Detector, out: Path
     drawn.save(half, format=Image.registered_extensions()[path.suffix.lower()])
     os.replace(half, path)
 
-# %% ../nbs/11_inference.ipynb #b52b7a19
-def predict_folder(
-    detector: Detector,
-    inputs: str | os.PathLike | Iterable[str | os.PathLike],
-    out: str | os.PathLike,
-    threshold: float = 0.7,
-    batch_size: int = 1,
-    draw: bool = True,
-    image_ids: Mapping[str, int] | None = None,
-    progress: bool = True,
-) -> FolderReport:
-    """Finds objects in many pictures and writes what it found.
-
-    Killed and started again, it goes on where it was. `out` then holds every picture with its boxes
-    drawn; `predictions.json`, COCO's results format with each row's `file_name`; and
-    `predictions.jsonl`, one line per picture, also for those where nothing was found.
-
-    Args:
-        detector: from `load_detector`.
-        inputs: a folder (with its subfolders), a picture, or several pictures.
-        out: a new or empty folder, or one that this function began with the same detector and
-            threshold.
-        threshold: the least score that is kept. Choose 0 for rows to be scored: AP wants them all.
-        batch_size: how many pictures run at once.
-        draw: whether to write the drawn pictures.
-        image_ids: ids by file name, relative to the folder, as an annotation file has them;
-            1, 2, … if None.
-        progress: whether to show a bar.
-
-    Returns:
-        A report. A picture that cannot be read is named there with the reason and does not stop
-        the others; the next call tries it again.
-
-    Raises:
-        FileNotFoundError: if there is no picture.
-        FileExistsError: if `out` holds files of others, or answers of another detector or threshold.
-        ValueError: if two pictures share a name, or one has no id in `image_ids`.
-    """
-    _check_threshold(threshold)
-    out = Path(out)
-    pictures = _find_pictures(inputs, out)
-    unknown = [name for name in pictures if image_ids is not None and name not in image_ids]
-    if unknown:
-        raise ValueError(
-            f"{unknown[0]} has no id in image_ids, nor have {len(unknown) - 1} others."
-        )
-    journal = _Journal(out, detector, threshold)
-    report = FolderReport()
-    waiting = _readable(pictures, detector, journal, draw, report)
-    bar = tqdm(
-        total=len(pictures), desc="predict", unit="picture", disable=None if progress else True
-    )
-    with bar:
-        while batch := list(islice(waiting, batch_size)):
-            for entry, picture in _answer(detector, batch, threshold, image_ids, journal):
-                report.done += 1
-                if draw:
-                    _draw_entry(entry, picture, detector, out)
-                bar.update(report.done + report.skipped + len(report.failed) - bar.n)
-    journal.write_results()
-    return report
-
-# %% ../nbs/11_inference.ipynb #7bc11356
+# %% ../nbs/11_inference.ipynb #3eb06284
 def attention_maps(detector: Detector, image: Image.Image) -> Float[Tensor, "N H W"]:
-    """Where every object query looks in the last decoder layer, as a mean over heads (Figure 6).
+    """Where every query looks in the last decoder layer, averaged over heads (Figure 6).
 
     Args:
         detector: from `load_detector`.
@@ -458,14 +454,14 @@ def attention_maps(detector: Detector, image: Image.Image) -> Float[Tensor, "N H
     last = [name for name in recorded if name.endswith("multihead_attn")][-1]
     return recorded[last][0].mean(0).unflatten(-1, tuple(sizes[0])).float().cpu()
 
-
+# %% ../nbs/11_inference.ipynb #99ca7c82
 def attention_figure(
     detector: Detector,
     image: str | os.PathLike | Image.Image,
     threshold: float = 0.7,
     most: int = 6,
 ) -> Figure:
-    """One call, one figure: the surest detections, each over the part of the picture it looked at.
+    """One call, one figure: the surest detections, each over what its query looked at.
 
     Args:
         detector: from `load_detector`.
@@ -479,18 +475,17 @@ def attention_figure(
     picture = _as_shown(image)
     found = predict(detector, picture, threshold)[0]
     if len(found) == 0:
-        raise ValueError(
-            f"Nothing in the picture reaches a score of {threshold}; lower the threshold."
-        )
-    maps = attention_maps(detector, picture)
-    shown = min(most, len(found))
-    columns = min(shown, 3)
-    rows = -(-shown // columns)
-    fig, axes = figures.subplots(rows, columns, height=2.1 * rows * picture.height / picture.width)
+        raise ValueError(f"Nothing in the picture scores {threshold}; lower the threshold.")
+    maps, shown = attention_maps(detector, picture), min(most, len(found))
+    seen = detector.transform(picture)[0]  # of these pixels a cell covers a whole number
+    stride = 2 ** math.ceil(math.log2(seen.shape[-2] / maps.shape[-2]))
+    rows, columns = -(-shown // 3), min(shown, 3)
+    height = figures.WIDTH / columns * picture.height / picture.width * rows
+    fig, axes = figures.subplots(rows, columns, height=height + 0.3 * rows)
     for i, ax in enumerate(np.atleast_1d(axes).flat):
         ax.axis("off")
         if i < shown:
-            figures.overlay(ax, picture, maps[found.queries[i]])
-            figures.boxes(ax, found.boxes[i : i + 1])
+            figures.overlay(ax, seen, maps[found.queries[i]], stride=stride)
+            figures.boxes(ax, found.boxes[i : i + 1] * seen.shape[-1] / picture.width)
             ax.set_title(f"{found.names[i]} {found.scores[i]:.2f}")
     return fig
