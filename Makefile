@@ -34,8 +34,8 @@ $(READY): book/lock.txt pyproject.toml
 	  echo "Setting up $(VENV) with $$("$$python" --version). The first time this downloads about 3 GB, most of it PyTorch."; \
 	  "$$python" -m venv $(VENV); fi; \
 	[ -x $(UV) ] && [ "$$($(UV) --version | cut -d' ' -f2)" = $(UV_VERSION) ] || $(PY) -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION); \
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip sync --quiet book/lock.txt; \
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip install --quiet --no-deps --no-build-isolation --editable .; \
+	$(UV) pip sync --quiet --python $(PY) book/lock.txt; \
+	$(UV) pip install --quiet --python $(PY) --no-deps --no-build-isolation --editable .; \
 	touch $@
 
 book: $(READY)
@@ -55,8 +55,8 @@ $(OLDEST)/.ready: book/lock-oldest.txt pyproject.toml $(READY)
 	  if [ -z "$$python" ]; then python=$$($(PY) -c 'import sys; print(sys._base_executable)'); fi; \
 	  echo "Setting up $(OLDEST) with the oldest versions that pyproject.toml admits."; \
 	  "$$python" -m venv $(OLDEST); fi; \
-	VIRTUAL_ENV=$(CURDIR)/$(OLDEST) $(UV) pip sync --quiet book/lock-oldest.txt; \
-	VIRTUAL_ENV=$(CURDIR)/$(OLDEST) $(UV) pip install --quiet --no-deps --no-build-isolation --editable .; \
+	$(UV) pip sync --quiet --python $(OLDEST)/bin/python book/lock-oldest.txt; \
+	$(UV) pip install --quiet --python $(OLDEST)/bin/python --no-deps --no-build-isolation --editable .; \
 	touch $@
 
 test-oldest: $(OLDEST)/.ready

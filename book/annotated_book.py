@@ -11,6 +11,7 @@ Writing pages: MathJax comes from the output's own `_static/vendor`, and nothing
 
 import ast
 import hashlib
+import html
 import importlib.metadata
 import inspect
 import os
@@ -111,11 +112,11 @@ def fold(block: str) -> list[str]:
 
 def link_figures(line: str) -> str:
     """A link to a figure, whose anchor is in a cell's output where MyST cannot see it, becomes an HTML link (checked afterwards)."""
-    def html(match: re.Match) -> str:
+    def anchor(match: re.Match) -> str:
         page = re.sub(r"\.ipynb$", ".html", match[2])
         return f'<a class="reference internal" href="{page}#fig-{match[3]}">{match[1]}</a>'
 
-    return re.sub(r"\[([^\]\[]+)\]\(([\w./-]*)#fig-([\w-]+)\)", html, line)
+    return re.sub(r"\[([^\]\[]+)\]\(([\w./-]*)#fig-([\w-]+)\)", anchor, line)
 
 
 def read_notebook(text: str) -> nbformat.NotebookNode:
@@ -229,6 +230,14 @@ def drop_thebe(app, pagename, templatename, context, doctree):
     context["script_files"] = [script for script in context["script_files"] if wanted(script)]
 
 
+def describe(app, pagename, templatename, context, doctree):
+    """The page's first paragraph as its description, for search engines and link previews."""
+    paragraph = next((node for node in doctree.findall(nodes.paragraph)), None) if doctree else None
+    if paragraph is not None:
+        text = html.escape(" ".join(paragraph.astext().split())[:300])
+        context["metatags"] = context.get("metatags", "") + f'<meta name="description" content="{text}" />'
+
+
 def dress_tables(app, doctree, docname):
     """A wide table scrolls inside itself, never the page; a head without words goes; the table that opens a chapter is a card."""
     if app.builder.format != "html":
@@ -285,6 +294,7 @@ def setup(app):
     app.connect("doctree-read", say_progress)
     app.connect("doctree-resolved", dress_tables)
     app.connect("html-page-context", drop_thebe, priority=900)
+    app.connect("html-page-context", describe)
     app.connect("build-finished", slim_output, priority=900)
     app.setup_extension("sphinx.ext.autodoc")
     app.connect("autodoc-process-signature", source_signature)

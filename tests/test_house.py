@@ -353,6 +353,9 @@ def test_the_repository_is_named_in_one_place():
     assert ours >= len(NOTEBOOKS)
     config = (ROOT / "_config.yml").read_text(encoding="utf8")
     assert f"url: https://github.com/{owner}/{name}\n" in config
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "settings.ini", encoding="utf8")
+    assert f"branch: {settings['DEFAULT']['branch']}\n" in config
 
 
 def test_versions_agree():
