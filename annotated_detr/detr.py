@@ -57,12 +57,12 @@ def _refuse_blank_pictures(mask: Bool[Tensor, "B H W"]) -> None:
             "take it out of the batch, or correct its mask, which is True on padding"
         )
 
-# %% ../nbs/06_detr.ipynb #1a376ea8
+# %% ../nbs/06_detr.ipynb #55eb05f2
 class DETR(nn.Module):
     """Pictures in, a set of boxes with classes out (Section 3.2, Figure 2).
 
     Args:
-        backbone: a `Joiner`, which gives feature maps and positions and knows its `num_channels`.
+        backbone: a `Joiner`: feature maps, positions, and `num_channels`.
         transformer: a `Transformer`.
         num_classes: K, the largest class index plus one; no-object gets the index K.
         num_queries: N, the number of boxes that every picture is answered with.
@@ -96,12 +96,15 @@ class DETR(nn.Module):
         self.num_queries = num_queries
         self.aux_loss = aux_loss
 
-    def forward(self, samples: NestedTensor | list[Float[Tensor, "3 _ _"]]) -> dict[str, Any]:
+    def forward(
+        self, samples: NestedTensor | list[Float[Tensor, "3 _ _"]]
+    ) -> dict[str, Any]:
         """Detects in a padded batch, or in a list of normalised pictures, which it pads.
 
         Returns:
-            "pred_logits" [B, N, K+1]; "pred_boxes" [B, N, 4], cxcywh in 0..1 of the picture without
-            padding; with `aux_loss`, "aux_outputs": a dictionary of these for each earlier layer.
+            "pred_logits" [B, N, K+1]; "pred_boxes" [B, N, 4], cxcywh in 0..1 of the
+            picture without padding; with `aux_loss`, "aux_outputs": the same two for
+            each earlier layer.
 
         Raises:
             ValueError: if a picture is all padding.
@@ -117,12 +120,13 @@ class DETR(nn.Module):
         hs = hs if self.aux_loss else hs[-1:]
         logits, boxes = self.class_embed(hs), self.bbox_embed(hs).sigmoid()
 
-        *earlier, last = [{"pred_logits": c, "pred_boxes": b} for c, b in zip(logits, boxes)]
+        layers = zip(logits, boxes)
+        *earlier, last = [{"pred_logits": c, "pred_boxes": b} for c, b in layers]
         return last | {"aux_outputs": earlier} if self.aux_loss else last
 
-# %% ../nbs/06_detr.ipynb #8ca7f020
+# %% ../nbs/06_detr.ipynb #c90ab15e
 class PostProcess(nn.Module):
-    """Turns outputs into boxes to draw or score: all N of them, no threshold, no suppression."""
+    """Turns outputs into boxes to draw or score: all N, no threshold, no suppression."""
 
     @torch.no_grad()
     def forward(
@@ -132,11 +136,11 @@ class PostProcess(nn.Module):
 
         Args:
             outputs: what `DETR` returns.
-            target_sizes: (height, width) of every picture, in the pixels the boxes are wanted in.
+            target_sizes: (height, width) of every picture, in the pixels of the boxes.
 
         Returns:
-            For every picture "scores" [N] in 0..1, "labels" [N] (the best class that is not
-            no-object) and "boxes" [N, 4] (x0, y0, x1, y1 in pixels).
+            For every picture "scores" [N] in 0..1, "labels" [N] (the best class that is
+            not no-object) and "boxes" [N, 4] (x0, y0, x1, y1 in pixels).
 
         Raises:
             ValueError: if there is not exactly one size per picture.
@@ -175,7 +179,7 @@ def _load_published(model: DETR, file: str) -> None:
         ) from error
     model.load_state_dict(checkpoint["model"])
 
-# %% ../nbs/06_detr.ipynb #6e10e76d
+# %% ../nbs/06_detr.ipynb #87bcad7c
 def _paper_model(
     backbone: str,
     dilation: bool,
@@ -191,8 +195,8 @@ def _paper_model(
     if pretrained and (num_classes, num_queries, weights) != (91, 100, None):
         raise ValueError(
             "pretrained=True brings 91 classes, 100 queries and its own backbone, "
-            f"not num_classes={num_classes}, num_queries={num_queries}, weights={weights!r}: "
-            "leave these out, or pretrained"
+            f"not num_classes={num_classes}, num_queries={num_queries}, "
+            f"weights={weights!r}: leave these out, or pretrained"
         )
     resnet = Backbone(backbone, True, False, dilation, weights)
     model = DETR(
@@ -206,7 +210,7 @@ def _paper_model(
         _load_published(model, file)
     return (model, PostProcess()) if return_postprocessor else model
 
-# %% ../nbs/06_detr.ipynb #8507898d
+# %% ../nbs/06_detr.ipynb #f341d150
 def detr_resnet50(
     pretrained: bool = False,
     num_classes: int = 91,
@@ -219,26 +223,26 @@ def detr_resnet50(
         pretrained: load the published weights, which fit COCO's 91 classes.
         num_classes: K, the largest class index plus one.
         return_postprocessor: give `(model, PostProcess())` instead of the model.
-        **options: `num_queries` (100), `dropout` (0.1), `aux_loss` (False), and `weights` (None),
-            what the backbone starts from: one of torchvision's names, or a path.
+        **options: `num_queries` (100), `dropout` (0.1), `aux_loss` (False), and `weights`
+            (None), what the backbone starts from: one of torchvision's names, or a path.
 
     Raises:
         FileNotFoundError: if weights are neither here nor reachable.
-        ValueError: if `pretrained` comes with settings that the published weights do not have.
+        ValueError: if `pretrained` comes with settings that the weights do not have.
     """
-    common = (pretrained, num_classes, return_postprocessor)
-    return _paper_model("resnet50", False, "detr-r50-e632da11.pth", *common, **options)
+    asked = (pretrained, num_classes, return_postprocessor)
+    return _paper_model("resnet50", False, "detr-r50-e632da11.pth", *asked, **options)
 
-# %% ../nbs/06_detr.ipynb #5ed36fbf
+# %% ../nbs/06_detr.ipynb #7c4f7ad1
 def detr_resnet50_dc5(
     pretrained: bool = False,
     num_classes: int = 91,
     return_postprocessor: bool = False,
     **options: Any,
 ) -> DETR | tuple[DETR, PostProcess]:
-    """`detr_resnet50` with a dilated last stage: stride 16, four times the tokens (Table 1)."""
-    common = (pretrained, num_classes, return_postprocessor)
-    return _paper_model("resnet50", True, "detr-r50-dc5-f0fb7ef5.pth", *common, **options)
+    """`detr_resnet50` at stride 16, its last stage dilated (Table 1)."""
+    asked = (pretrained, num_classes, return_postprocessor)
+    return _paper_model("resnet50", True, "detr-r50-dc5-f0fb7ef5.pth", *asked, **options)
 
 
 def detr_resnet101(
@@ -248,8 +252,8 @@ def detr_resnet101(
     **options: Any,
 ) -> DETR | tuple[DETR, PostProcess]:
     """`detr_resnet50` with a ResNet-101 (Table 1)."""
-    common = (pretrained, num_classes, return_postprocessor)
-    return _paper_model("resnet101", False, "detr-r101-2c7b67e5.pth", *common, **options)
+    asked = (pretrained, num_classes, return_postprocessor)
+    return _paper_model("resnet101", False, "detr-r101-2c7b67e5.pth", *asked, **options)
 
 
 def detr_resnet101_dc5(
@@ -258,9 +262,9 @@ def detr_resnet101_dc5(
     return_postprocessor: bool = False,
     **options: Any,
 ) -> DETR | tuple[DETR, PostProcess]:
-    """`detr_resnet101` with a dilated last stage: stride 16, four times the tokens (Table 1)."""
-    common = (pretrained, num_classes, return_postprocessor)
-    return _paper_model("resnet101", True, "detr-r101-dc5-a2e86def.pth", *common, **options)
+    """`detr_resnet101` at stride 16, its last stage dilated (Table 1)."""
+    asked = (pretrained, num_classes, return_postprocessor)
+    return _paper_model("resnet101", True, "detr-r101-dc5-a2e86def.pth", *asked, **options)
 
 # %% ../nbs/06_detr.ipynb #a14f9463
 def detr_tiny(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-# %% ../nbs/05_transformer.ipynb #0cded85b
+# %% ../nbs/05_transformer.ipynb #8b61dc2d
 class MultiheadAttention(nn.Module):
     """Multi-head attention (Appendix A.1), its parameters named as in `torch.nn`.
 
@@ -46,9 +46,11 @@ class MultiheadAttention(nn.Module):
     def project(
         self, tokens: Float[Tensor, "B S d"], part: int
     ) -> Float[Tensor, "B M S d_of_head"]:
-        """Makes queries (part 0), keys (1) or values (2) of tokens; every head gets its share."""
-        weight, bias = self.in_proj_weight.chunk(3)[part], self.in_proj_bias.chunk(3)[part]
-        return F.linear(tokens, weight, bias).unflatten(-1, (self.nhead, -1)).transpose(1, 2)
+        """Makes queries (part 0), keys (1) or values (2), a share for every head."""
+        weight = self.in_proj_weight.chunk(3)[part]
+        bias = self.in_proj_bias.chunk(3)[part]
+        projected = F.linear(tokens, weight, bias)
+        return projected.unflatten(-1, (self.nhead, -1)).transpose(1, 2)
 
     def forward(
         self,
@@ -57,34 +59,35 @@ class MultiheadAttention(nn.Module):
         value: Float[Tensor, "B S d"],
         mask: Bool[Tensor, "B S"] | None = None,
     ) -> Float[Tensor, "B N d"]:
-        """Answers every query with a mean of values; `mask` is True on keys to leave out."""
+        """Answers every query with a mean of values; `mask` is True on keys to skip."""
         heads = F.scaled_dot_product_attention(
             self.project(query, 0),
             self.project(key, 1),
             self.project(value, 2),
-            attn_mask=None if mask is None else ~mask[:, None, None],  # True: may be looked at
+            attn_mask=None if mask is None else ~mask[:, None, None],  # True: look
             dropout_p=self.dropout if self.training else 0.0,
         )
         return self.out_proj(heads.transpose(1, 2).flatten(2))
 
-# %% ../nbs/05_transformer.ipynb #fff71864
+# %% ../nbs/05_transformer.ipynb #53074343
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 
 
 def _activation(name: str):
     if name not in ACTIVATIONS:
-        raise ValueError(f"there is no activation {name!r}: choose {' or '.join(ACTIVATIONS)}")
+        choices = " or ".join(ACTIVATIONS)
+        raise ValueError(f"there is no activation {name!r}: choose {choices}")
     return ACTIVATIONS[name]
 
-# %% ../nbs/05_transformer.ipynb #ef52c580
+# %% ../nbs/05_transformer.ipynb #13ffd568
 class TransformerEncoderLayer(nn.Module):
-    """Lets every token look at every other, then think for itself (Section 3.2, Figure 10).
+    """Lets every token look at all, then think for itself (Section 3.2, Figure 10).
 
     Args:
         d_model: width d of a token.
         nhead: number of attention heads M; divides `d_model`.
         dim_feedforward: hidden units of the feed-forward branch.
-        dropout: probability of zeroing an attention weight, a hidden unit, or what a branch adds.
+        dropout: probability of zeroing attention weights, hidden units, branch outputs.
         activation: "relu" or "gelu".
         normalize_before: pre-norm instead of post-norm.
     """
@@ -109,7 +112,7 @@ class TransformerEncoderLayer(nn.Module):
         self.normalize_before = normalize_before
 
     def attend(self, tokens: Tensor, mask: Tensor | None, pos: Tensor) -> Tensor:
-        """The self-attention branch. Positions say where to look, not what is found there."""
+        """The self-attention branch. Positions say where to look, not what is there."""
         query = key = tokens + pos
         return self.dropout(self.self_attn(query, key, tokens, mask))
 
@@ -131,12 +134,12 @@ class TransformerEncoderLayer(nn.Module):
         src = self.norm1(src + self.attend(src, mask, pos))
         return self.norm2(src + self.feed_forward(src))
 
-# %% ../nbs/05_transformer.ipynb #e9c40ec1
+# %% ../nbs/05_transformer.ipynb #991ecf32
 class TransformerEncoder(nn.Module):
     """A stack of copies of `encoder_layer`, then `norm` if there is one (Section 3.2).
 
-    A pre-norm stack needs that norm, since nothing else normalises its last sum; a post-norm
-    stack has normalised it already.
+    A pre-norm stack needs that norm, since nothing else normalises its last sum;
+    a post-norm stack has normalised it already.
     """
 
     def __init__(
@@ -146,7 +149,8 @@ class TransformerEncoder(nn.Module):
         norm: nn.Module | None = None,
     ):
         super().__init__()
-        self.layers = nn.ModuleList(copy.deepcopy(encoder_layer) for _ in range(num_layers))
+        layers = [copy.deepcopy(encoder_layer) for _ in range(num_layers)]
+        self.layers = nn.ModuleList(layers)
         self.norm = norm
 
     def forward(
@@ -175,17 +179,17 @@ def attention_weights(
         scores = scores.masked_fill(mask[:, None, None], -torch.inf)
     return scores.softmax(-1)
 
-# %% ../nbs/05_transformer.ipynb #a67fdd46
+# %% ../nbs/05_transformer.ipynb #f1e36a4f
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[dict[str, Float[Tensor, "B M N S"]]]:
     """Keeps the attention weights of the last forward pass inside the `with` block.
 
     Args:
-        model: any module with `MultiheadAttention` inside, such as a `Transformer` or a `DETR`.
+        model: any module with `MultiheadAttention` inside, such as a `DETR`.
 
     Yields:
-        A dictionary that every forward pass fills: from a layer's name in `model`, such as
-        "encoder.layers.0.self_attn", to its weights.
+        A dictionary that every forward pass fills: from a layer's name in `model`,
+        such as "encoder.layers.0.self_attn", to its weights.
     """
     recorded: dict[str, Tensor] = {}
 
@@ -204,7 +208,7 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, Float[Tensor, "B M 
         for handle in handles:
             handle.remove()
 
-# %% ../nbs/05_transformer.ipynb #9c2b304c
+# %% ../nbs/05_transformer.ipynb #5f559568
 class TransformerDecoderLayer(TransformerEncoderLayer):
     """An encoder layer for the object queries, which also look at the memory (Figure 10).
 
@@ -220,15 +224,23 @@ class TransformerDecoderLayer(TransformerEncoderLayer):
         activation: str = "relu",
         normalize_before: bool = False,
     ):
-        super().__init__(d_model, nhead, dim_feedforward, dropout, activation, normalize_before)
+        super().__init__(
+            d_model, nhead, dim_feedforward, dropout, activation, normalize_before
+        )
         self.multihead_attn = MultiheadAttention(d_model, nhead, dropout)
         self.norm3 = nn.LayerNorm(d_model)
 
     def look(
-        self, tgt: Tensor, memory: Tensor, mask: Tensor | None, query_pos: Tensor, pos: Tensor
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        mask: Tensor | None,
+        query_pos: Tensor,
+        pos: Tensor,
     ) -> Tensor:
         """The cross-attention branch: what the queries find in the memory."""
-        return self.dropout(self.multihead_attn(tgt + query_pos, memory + pos, memory, mask))
+        query, key = tgt + query_pos, memory + pos
+        return self.dropout(self.multihead_attn(query, key, memory, mask))
 
     def forward(
         self,
@@ -238,7 +250,7 @@ class TransformerDecoderLayer(TransformerEncoderLayer):
         query_pos: Float[Tensor, "N d"],
         pos: Float[Tensor, "B S d"],
     ) -> Float[Tensor, "B N d"]:
-        """Refines `tgt`, what the queries know, from `memory`, whose `mask` is True on padding."""
+        """Refines `tgt`, what the queries know; `mask` is True on the memory's padding."""
         if self.normalize_before:
             tgt = tgt + self.attend(self.norm1(tgt), None, query_pos)
             tgt = tgt + self.look(self.norm2(tgt), memory, mask, query_pos, pos)
@@ -247,14 +259,14 @@ class TransformerDecoderLayer(TransformerEncoderLayer):
         tgt = self.norm2(tgt + self.look(tgt, memory, mask, query_pos, pos))
         return self.norm3(tgt + self.feed_forward(tgt))
 
-# %% ../nbs/05_transformer.ipynb #921e21d6
+# %% ../nbs/05_transformer.ipynb #8b582bc2
 class TransformerDecoder(nn.Module):
-    """A stack of copies of `decoder_layer`, with one `norm` at every layer's exit (Section 3.2).
+    """A stack of copies of `decoder_layer`, one `norm` at every exit (Section 3.2).
 
     Args:
         decoder_layer: the layer to copy.
         num_layers: how many copies, L.
-        norm: applied once to each output on its way out, never on its way to the next layer.
+        norm: applied once to each output on its way out, not on to the next layer.
         return_intermediate: give the outputs of all layers instead of the last alone.
     """
 
@@ -266,7 +278,8 @@ class TransformerDecoder(nn.Module):
         return_intermediate: bool = False,
     ):
         super().__init__()
-        self.layers = nn.ModuleList(copy.deepcopy(decoder_layer) for _ in range(num_layers))
+        layers = [copy.deepcopy(decoder_layer) for _ in range(num_layers)]
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.Identity() if norm is None else norm
         self.return_intermediate = return_intermediate
 
@@ -283,17 +296,19 @@ class TransformerDecoder(nn.Module):
         for layer in self.layers:
             tgt = layer(tgt, memory, mask, query_pos, pos)
             outputs.append(tgt)
-        return self.norm(torch.stack(outputs if self.return_intermediate else outputs[-1:]))
+        if not self.return_intermediate:
+            outputs = outputs[-1:]
+        return self.norm(torch.stack(outputs))
 
-# %% ../nbs/05_transformer.ipynb #571bb931
+# %% ../nbs/05_transformer.ipynb #a750e0cf
 class Transformer(nn.Module):
     """DETR's encoder and decoder (Section 3.2, Figure 10).
 
     Args:
         num_encoder_layers: encoder layers.
         num_decoder_layers: decoder layers L.
-        return_intermediate_dec: give every decoder layer's output, not the last one's alone.
-        d_model: width d of tokens and queries; for the others see `TransformerEncoderLayer`.
+        return_intermediate_dec: give every decoder layer's output, not the last alone.
+        d_model: width d of tokens and queries; the rest as in `TransformerEncoderLayer`.
 
     Raises:
         ValueError: if `nhead` does not divide `d_model`, or `activation` is unknown.
@@ -344,7 +359,7 @@ class Transformer(nn.Module):
             pos_embed: the positional encoding of the feature map.
 
         Returns:
-            The decoder's outputs (L = 1 unless `return_intermediate_dec`), and the memory as a map.
+            The decoder's outputs (L = 1 unless all were asked for); the memory as a map.
         """
         tokens, pos = src.flatten(2).mT, pos_embed.flatten(2).mT
         padding = None if mask is None else mask.flatten(1)

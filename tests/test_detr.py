@@ -284,8 +284,8 @@ def test_every_query_comes_out_and_box_corners_are_ordered(seed, N, B):
         assert result["scores"].shape == result["labels"].shape == (N,)
         assert (result["labels"] < 4).all() and (result["scores"] > 0).all() and (result["scores"] < 1).all()
         x0, y0, x1, y1 = result["boxes"].unbind(1)
-        torch.testing.assert_close((x0 + x1) / 2, boxes[:, 0] * width)
-        torch.testing.assert_close(y1 - y0, boxes[:, 3] * height, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close((x0 + x1) / 2, boxes[:, 0] * width, rtol=0, atol=2e-3)
+        torch.testing.assert_close(y1 - y0, boxes[:, 3] * height, rtol=0, atol=2e-3)
 
 
 def test_sizes_have_to_match_the_pictures():
