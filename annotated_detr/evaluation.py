@@ -278,12 +278,12 @@ def _rows(scorer: CocoScorer, image_id: int) -> Iterator[dict]:
         bbox = [x0, y0, x1 - x0, y1 - y0]
         yield {"image_id": image_id, "category_id": label, "bbox": bbox, "score": score}
 
-# %% ../nbs/09_evaluation.ipynb #ae607344
+# %% ../nbs/09_evaluation.ipynb #eb5e1e1d
 def _comparable(scorer: CocoScorer, image_ids: list[int]) -> tuple[COCO, COCO]:
     """True and found boxes as pycocotools wants them: copies, complete, numbered from 1."""
     images = [scorer.coco_gt.imgs[image_id] for image_id in image_ids]
     relative = scorer.size_thresholds[1] < 1
-    unit = {i["id"]: i["width"] * i["height"] if relative else 1 for i in images}
+    unit = {i["id"]: int(i["width"] * i["height"]) if relative else 1 for i in images}
     truth = [
         annotation
         for image_id in image_ids
@@ -299,7 +299,7 @@ def _comparable(scorer: CocoScorer, image_ids: list[int]) -> tuple[COCO, COCO]:
     )
 
 
-def _complete(row: dict, number: int, unit: dict[int, float]) -> dict:
+def _complete(row: dict, number: int, unit: dict[int, int]) -> dict:
     area = row.get("area", row["bbox"][2] * row["bbox"][3]) / unit[row["image_id"]]
     return row | {"id": number, "area": area, "iscrowd": int(row.get("iscrowd", 0))}
 

@@ -335,7 +335,7 @@ def test_precision_recall_curves_have_ap_as_their_mean():
         assert recall.shape == precision.shape == (101,)
         assert precision.mean() == pytest.approx(entry.AP50)
         assert (np.diff(precision) <= 0).all()
-    with pytest.raises(ValueError, match="0.42 is not one of them"):
+    with pytest.raises(ValueError, match="0.42 is not one of COCO"):
         precision_recall_curves(scorer, iou_threshold=0.42)
 
 
