@@ -878,7 +878,25 @@ def _gather(order: _Order) -> None:
     content = shared | {"annotations": annotations, "categories": things}
     _write(order.kinds["images"], content, order.workshop)
 
-# %% ../nbs/scenes.ipynb #5b655412
+# %% ../nbs/scenes.ipynb #4560ba73
+def _fill(order: _Order, workers: int | None) -> None:
+    """Draws what is missing and writes the annotation files."""
+    order.workshop.mkdir(parents=True, exist_ok=True)
+    todo = [chunk for chunk in order.chunks if not order.part(chunk[0]).is_file()]
+    done = order.count - sum(end - first for first, end in todo)
+    workers = min(workers or _cores(), max(len(todo), 1))
+    what = f"drawing {order.split}"
+    with tqdm(total=order.count, initial=done, desc=what, unit="picture") as progress:
+        _draw_all(order, todo, workers, progress)
+    _gather(order)
+    shutil.rmtree(order.workshop, ignore_errors=True)
+
+
+def _cores() -> int:
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+# %% ../nbs/scenes.ipynb #223a60c1
 def coco_folder(
     root: str | Path | None,
     split: str,
@@ -926,24 +944,6 @@ def coco_folder(
             if not order.complete():  # unless another process has just finished the same folder
                 raise
     return root / "images" / split, order.kinds["images"]
-
-
-def _fill(order: _Order, workers: int | None) -> None:
-    """Draws what is missing and writes the annotation files."""
-    order.workshop.mkdir(parents=True, exist_ok=True)
-    todo = [chunk for chunk in order.chunks if not order.part(chunk[0]).is_file()]
-    done = order.count - sum(end - first for first, end in todo)
-    workers = min(workers or _cores(), max(len(todo), 1))
-    what = f"drawing {order.split}"
-    with tqdm(total=order.count, initial=done, desc=what, unit="picture") as progress:
-        _draw_all(order, todo, workers, progress)
-    _gather(order)
-    shutil.rmtree(order.workshop, ignore_errors=True)
-
-
-def _cores() -> int:
-    has_affinity = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 # %% ../nbs/scenes.ipynb #247d9259
 def _digest(annotations: Iterable[dict], split: str, count: int, size: int, start: int) -> str:
