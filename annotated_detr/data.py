@@ -709,8 +709,7 @@ class Report:
     def __str__(self) -> str:
         return "\n".join(_report_lines(self))
 
-# %% ../nbs/01_data.ipynb #92733afa
-#| code-fold: true
+# %% ../nbs/01_data.ipynb #2857007d
 def _report_lines(report: Report, examples: int = 5) -> Iterator[str]:
     """Lay a report out as text: counts, index line, box sides, then findings by kind."""
     counts = [f"{name.replace('_', ' ')} {count:,}" for name, count in report.counts.items()]
@@ -778,8 +777,7 @@ def check_dataset(
     _count(report, entries, images, categories, boxes, sizes)
     return report
 
-# %% ../nbs/01_data.ipynb #c71293bd
-#| code-fold: true
+# %% ../nbs/01_data.ipynb #83b682d3
 def _check_entries(report: Report, section: str, content: dict) -> list[dict]:
     """Return the dictionaries of a section whose id can be used and has not been used before."""
     entries, seen, good = content.get(section), set(), []
@@ -836,8 +834,7 @@ def _check_categories(report: Report, entries: list[dict]) -> dict[int, dict]:
 
 MOST_CLASSES = 100_000  # a class head with more rows than this is a numbering mistake
 
-# %% ../nbs/01_data.ipynb #520eb465
-#| code-fold: true
+# %% ../nbs/01_data.ipynb #1a421673
 def _check_images(report: Report, entries: list[dict]) -> dict[int, dict]:
     """Return the entries whose file name can be used, by id."""
     if not entries:
@@ -859,8 +856,7 @@ def _check_images(report: Report, entries: list[dict]) -> dict[int, dict]:
         images[entry["id"]] = entry
     return images
 
-# %% ../nbs/01_data.ipynb #cd735ca2
-#| code-fold: true
+# %% ../nbs/01_data.ipynb #5015e184
 def _picture_sizes(
     img_folder: str, images: dict[int, dict], progress: bool
 ) -> dict[int, tuple[int, int] | Exception]:
@@ -914,8 +910,7 @@ def _check_pictures(
             report.add("picture very long", f"{size[0]}×{size[1]} is more than 20 to 1", name, id)
     return sizes
 
-# %% ../nbs/01_data.ipynb #c8a8ab6b
-#| code-fold: true
+# %% ../nbs/01_data.ipynb #5dd75103
 def _check_annotations(
     report: Report, entries: list[dict], images: dict[int, dict], categories: dict[int, dict]
 ) -> list[dict]:
@@ -951,8 +946,7 @@ def _check_extras(report: Report, entry: dict, where: dict) -> None:
     if drawn is not None and drawn != [] and not _is_segmentation(drawn):
         report.add("segmentation", f"segmentation is {_show(drawn)}", **where)
 
-# %% ../nbs/01_data.ipynb #c3fe0a71
-#| code-fold: true
+# %% ../nbs/01_data.ipynb #26091610
 def _is_segmentation(value: object) -> bool:
     """True for lists of polygons with three points or more, and for what looks like RLE."""
     if isinstance(value, dict):
@@ -999,8 +993,7 @@ def guess_box_format(boxes: Float[Tensor, "n 4"], sizes: Float[Tensor, "n 2"]) -
                 return relative + box_format
     return relative + "xywh"
 
-# %% ../nbs/01_data.ipynb #6c3e4d53
-#| code-fold: true
+# %% ../nbs/01_data.ipynb #9e940dfb
 def _boxes_and_sizes(
     entries: list[dict], images: dict[int, dict], sizes: dict[int, tuple[int, int]]
 ) -> tuple[Tensor, Tensor]:
@@ -1015,8 +1008,7 @@ def _boxes_and_sizes(
         shapes, dtype=torch.float32
     ).reshape(-1, 2)
 
-# %% ../nbs/01_data.ipynb #db08beba
-#| code-fold: true
+# %% ../nbs/01_data.ipynb #40471a62
 def _check_boxes(
     report: Report, entries: list[dict], images: dict[int, dict], sizes: dict[int, tuple[int, int]]
 ) -> None:
@@ -1076,8 +1068,7 @@ def _fits_only(box: list[int | float], size: tuple[int, int], written: tuple) ->
         and bottom <= written[1] + 1
     )
 
-# %% ../nbs/01_data.ipynb #dd399c3a
-#| code-fold: true
+# %% ../nbs/01_data.ipynb #eadccbc3
 FORMATS = {
     "xyxy": "x0, y0, x1, y1 in pixels",
     "cxcywh": "centre x, centre y, width, height in pixels",
@@ -1086,8 +1077,7 @@ FORMATS = {
     "relative cxcywh": "centre x, centre y, width, height in 0..1",
 }
 
-# %% ../nbs/01_data.ipynb #af114031
-#| code-fold: true
+# %% ../nbs/01_data.ipynb #2b2ef764
 def _count(
     report: Report,
     entries: dict,
@@ -1164,8 +1154,7 @@ class Repair:
 
 CHANGES_FILE = "changes.txt"
 
-# %% ../nbs/01_data.ipynb #bc765892
-#| code-fold: true
+# %% ../nbs/01_data.ipynb #60e615be
 def _key(id: object) -> str:
     """An id of any JSON type as text, so that 1 and "1" stay apart and lists can be looked up."""
     return f"str {id}" if isinstance(id, str) else f"{type(id).__name__} {_show(id)}"
@@ -1223,8 +1212,7 @@ def _mend_ids(
         mended.append(entry | {"id": new})
     return mended, new_ids
 
-# %% ../nbs/01_data.ipynb #884aba46
-#| code-fold: true
+# %% ../nbs/01_data.ipynb #cf1f7af5
 def _mend_images(
     img_folder: str | os.PathLike, entries: list[dict], changes: list[str], progress: bool
 ) -> tuple[dict, dict]:
@@ -1246,8 +1234,7 @@ def _mend_images(
             images[id], sizes[id] = named[id], size
     return images, sizes
 
-# %% ../nbs/01_data.ipynb #0cd15571
-#| code-fold: true
+# %% ../nbs/01_data.ipynb #a155468d
 def _look_up(new_ids: dict[str, int], old: object) -> int | None:
     """Find the new id for an old one, or read the old one as a whole number."""
     return new_ids.get(_key(old), _whole(old))
@@ -1297,8 +1284,7 @@ def _mend_names(categories: list[dict], changes: list[str]) -> None:
             entry["name"] = f"class {entry['id']}"
             changes.append(f'category {entry["id"]} is now called "{entry["name"]}"')
 
-# %% ../nbs/01_data.ipynb #22cc7f1c
-#| code-fold: true
+# %% ../nbs/01_data.ipynb #e9a5aaee
 def _mend_boxes(entries: list[dict], images: dict, sizes: dict, changes: list[str]) -> list[dict]:
     """Convert boxes to COCO's format, cut them at the border, drop empty ones; mend sizes."""
     boxes = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float64).reshape(-1, 4)
@@ -1338,8 +1324,7 @@ def _mend_boxes(entries: list[dict], images: dict, sizes: dict, changes: list[st
             kept.append(_mend_extras(new, changes))
     return kept
 
-# %% ../nbs/01_data.ipynb #23306d8f
-#| code-fold: true
+# %% ../nbs/01_data.ipynb #1108ad0d
 def _cut_box(entry: dict, size: tuple[int, int], changes: list[str]) -> dict | None:
     """Cut a box at the picture's border; None if nothing is left of it."""
     x, y, w, h = entry["bbox"]
