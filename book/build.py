@@ -5,6 +5,7 @@
 """
 
 import argparse
+import hashlib
 import os
 import shutil
 import subprocess
@@ -21,6 +22,10 @@ def main() -> int:
     parser.add_argument("--lenient", action="store_true", help="show warnings, but do not fail")
     arguments = parser.parse_args()
     started = time.monotonic()
+    stamp, inputs = HTML / ".inputs", digest_of_inputs()
+    if stamp.exists() and stamp.read_text(encoding="utf8") == inputs:
+        print(f"The book is up to date. Open it in a browser:\n  {(HTML / 'index.html').as_uri()}")
+        return 0
     shutil.rmtree(HTML, ignore_errors=True)
     shutil.rmtree(ROOT / "_build" / "jupyter_execute", ignore_errors=True)
     (ROOT / ".cache" / "jupyter").mkdir(parents=True, exist_ok=True)
@@ -42,8 +47,21 @@ def main() -> int:
     if problems and not arguments.lenient:
         print(f"{len(problems)} problems on the pages of the book.", file=sys.stderr)
         return 1
+    if not arguments.lenient:
+        stamp.write_text(inputs, encoding="utf8")
     print(f"The book is built ({time.monotonic() - started:.0f} s). Open it in a browser:\n  {(HTML / 'index.html').as_uri()}")
     return 0
+
+
+def digest_of_inputs() -> str:
+    """A digest of everything that the pages are made from; when it is that of the last build, the pages are, too."""
+    digest = hashlib.sha256(f"{sys.version} {os.environ.get('ANNOTATED_DETR_BCCD', '')}".encode())
+    files = [ROOT / name for name in ("_config.yml", "_toc.yml", "settings.ini")]
+    for folder in ("nbs", "annotated_detr", "book"):
+        files += [path for path in (ROOT / folder).rglob("*") if path.is_file() and not {"__pycache__", ".ipynb_checkpoints"} & set(path.parts)]
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(ROOT)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def run(command: list[str], environment: dict[str, str]) -> int:
