@@ -176,19 +176,21 @@ def named_modules(source: str) -> set[str]:
 
 
 def digest_of_imports(source: str) -> str:
-    """A digest of the modules that the source imports, transitively, of the package's data, and of the locked versions."""
-    wanted, seen = named_modules(source), set()
+    """A digest of the modules that the source imports, transitively, of the data files that they name, and of the locked versions."""
+    wanted, texts = named_modules(source), {}
     while wanted:
         name = wanted.pop()
-        seen.add(name)
-        wanted |= named_modules((PACKAGE / f"{name}.py").read_text(encoding="utf8")) - seen
-    files = [PACKAGE / f"{name}.py" for name in sorted(seen)]
-    files += sorted(path for pattern in ("*.json", "*.safetensors", "*.jsonl") for path in PACKAGE.rglob(pattern))
-    files += [ROOT / "book" / "lock.txt"]
+        texts[name] = (PACKAGE / f"{name}.py").read_text(encoding="utf8")
+        wanted |= named_modules(texts[name]) - texts.keys()
     digest = hashlib.sha256(sys.version.encode())
-    for path in files:
-        digest.update(path.name.encode() + b"\0" + (path.read_bytes() if path.exists() else b""))
-    if "ANNOTATED_DETR_BCCD" in source:
+    for name in sorted(texts):
+        digest.update(f"{name}\0{texts[name]}\0".encode())
+    everything = source + "".join(texts.values())
+    for path in sorted(path for pattern in ("*.json", "*.jsonl", "*.safetensors") for path in PACKAGE.rglob(pattern)):
+        if path.stem in everything or path.parent != PACKAGE:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    digest.update((ROOT / "book" / "lock.txt").read_bytes())
+    if "ANNOTATED_DETR_BCCD" in everything:
         folder = os.environ.get("ANNOTATED_DETR_BCCD", "")
         for path in sorted(Path(folder).glob("*.json")) if folder else []:
             digest.update(path.read_bytes())

@@ -65,10 +65,16 @@ def digest_of_inputs() -> str:
 
 
 def run(command: list[str], environment: dict[str, str]) -> int:
-    """Run the build; pass on what it says, but for the line with which every kernel announces how it is spoken to."""
+    """Run the build; pass on what it says, but for two kinds of noise: the line with which every kernel announces how it is spoken
+    to and, when a notebook fails, the builder's own traceback behind the notebook's.
+    """
+    quiet = False
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
-            if not line.startswith("[IPKernelApp]"):
+            quiet = quiet or line.startswith("The above exception was the direct cause")
+            if "ExecutionError: " in line and quiet:
+                print(f"\nThis notebook stopped with an error: {line.split('ExecutionError: ')[1]}", end="", file=sys.stderr, flush=True)
+            if not quiet and not line.startswith("[IPKernelApp]"):
                 print(line, end="", file=sys.stderr, flush=True)
     return process.returncode
 
