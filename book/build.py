@@ -68,14 +68,22 @@ def run(command: list[str], environment: dict[str, str]) -> int:
     """Run the build; pass on what it says, but for two kinds of noise: the line with which every kernel announces how it is spoken
     to and, when a notebook fails, the builder's own traceback behind the notebook's.
     """
-    quiet = False
+    quiet, held = False, []
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
-            quiet = quiet or line.startswith("The above exception was the direct cause")
-            if "ExecutionError: " in line and quiet:
-                print(f"\nThis notebook stopped with an error: {line.split('ExecutionError: ')[1]}", end="", file=sys.stderr, flush=True)
-            if not quiet and not line.startswith("[IPKernelApp]"):
-                print(line, end="", file=sys.stderr, flush=True)
+            if line.startswith("[IPKernelApp]"):
+                continue
+            held.append(line)
+            if "above exception was the direct cause" in held[0] and len(held) < 4:
+                continue  # whose traceback follows? the builder's own is of no use to a reader
+            quiet = quiet or (len(held) == 4 and "jupyter_book/sphinx.py" in line)
+            if not quiet:
+                print("".join(held), end="", file=sys.stderr, flush=True)
+            elif "ExecutionError: " in line:
+                print(f"\nA notebook stopped with an error: {line.split('ExecutionError: ')[1]}", end="", file=sys.stderr, flush=True)
+            held = []
+        if not quiet:
+            print("".join(held), end="", file=sys.stderr)
     return process.returncode
 
 
