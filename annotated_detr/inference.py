@@ -454,7 +454,8 @@ def attention_maps(detector: Detector, image: Image.Image) -> Float[Tensor, "N H
     last = [name for name in recorded if name.endswith("multihead_attn")][-1]
     return recorded[last][0].mean(0).unflatten(-1, tuple(sizes[0])).float().cpu()
 
-# %% ../nbs/11_inference.ipynb #99ca7c82
+# %% ../nbs/11_inference.ipynb #645bfc90
+@figures.styled
 def attention_figure(
     detector: Detector,
     image: str | os.PathLike | Image.Image,
