@@ -6,14 +6,14 @@ __all__ = ['PAPER', 'RECIPES', 'TrainConfig', 'mix_seeds', 'TrainingOrder', 'Aug
            'parameter_groups', 'rate_factor', 'build_model', 'pick_device', 'Learner', 'train_step', 'RunFolder',
            'save_checkpoint', 'restore_checkpoint', 'Trainer', 'fit', 'plan', 'start', 'resume']
 
-# %% ../nbs/10_training.ipynb #b3a8605d
+# %% ../nbs/10_training.ipynb #51801eaa
 import io
 import json
 import math
 import os
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -260,9 +260,9 @@ def cell_centres(mask: Bool[Tensor, "B H W"]) -> Float[Tensor, "B H W 2"]:
     width, height = real.any(1).sum(1).clamp(min=1), real.any(2).sum(1).clamp(min=1)
     return torch.stack([columns / width[:, None, None], rows / height[:, None, None]], dim=-1)
 
-# %% ../nbs/10_training.ipynb #1a894d24
+# %% ../nbs/10_training.ipynb #70a2eb59
 def dense_targets(
-    centres: Float[Tensor, "B H W 2"], targets: list[dict[str, Any]], num_classes: int
+    centres: Float[Tensor, "B H W 2"], targets: Sequence[dict[str, Any]], num_classes: int
 ) -> tuple[Int64[Tensor, "B H W"], Float[Tensor, "B H W 4"]]:
     """Class and x0y0x1y1 box of the smallest box that covers each cell's centre; class `num_classes` where there is none."""
     labels = torch.full(centres.shape[:3], num_classes, device=centres.device)
@@ -278,7 +278,7 @@ def dense_targets(
         boxes[picture][covered] = corners[smallest][covered]
     return labels, boxes
 
-# %% ../nbs/10_training.ipynb #32001c39
+# %% ../nbs/10_training.ipynb #61c107fa
 class DenseHead(nn.Module):
     """A class and a box for every cell of the feature map: a teacher for a random backbone, thrown away after use."""
 
@@ -294,7 +294,7 @@ class DenseHead(nn.Module):
         hidden = self.hidden(features).relu()
         return self.classify(hidden).permute(0, 2, 3, 1), F.softplus(self.locate(hidden)).permute(0, 2, 3, 1)
 
-    def loss(self, features: NestedTensor, targets: list[dict[str, Any]]) -> Float[Tensor, ""]:
+    def loss(self, features: NestedTensor, targets: Sequence[dict[str, Any]]) -> Float[Tensor, ""]:
         """Cross-entropy over every real cell, plus 1 - GIoU averaged over the cells that a box covers."""
         logits, distances = self(features.tensors)
         centres = cell_centres(features.mask)
@@ -354,7 +354,7 @@ def pick_device(device: str) -> torch.device:
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/10_training.ipynb #25d3be4a
+# %% ../nbs/10_training.ipynb #d42fbafe
 class Learner:
     """The part of a run that lives in memory: model, dense head, optimiser, running average, and the step they are at."""
 
@@ -363,7 +363,8 @@ class Learner:
         self.steps = config.warmup_steps + config.epochs * steps_per_epoch
         self.device = pick_device(config.device)
         torch.manual_seed(config.seed)
-        self.model = build_model(spec, config.backbone_weights).to(self.device)
+        # Channels last is the order in memory in which convolutions run fastest; shapes and results stay as they are.
+        self.model = build_model(spec, config.backbone_weights).to(self.device, memory_format=torch.channels_last)
         self.dense_head = DenseHead(self.model.backbone.num_channels, spec.num_classes).to(self.device)
         self.criterion = build_criterion(spec.num_classes, len(self.model.transformer.decoder.layers), config.no_object_weight)
         average = get_ema_multi_avg_fn(config.ema_decay)
@@ -399,7 +400,7 @@ class Learner:
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * factor
 
-    def losses(self, samples: NestedTensor, targets: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def losses(self, samples: NestedTensor, targets: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """All losses of a batch, with their weighted sum as "loss"."""
         if self.warming_up:
             features, _ = self.model.backbone(samples)
@@ -407,8 +408,8 @@ class Learner:
         losses = self.criterion(self.model(samples), targets)
         return {"loss": self.criterion.total(losses), **losses}
 
-# %% ../nbs/10_training.ipynb #54300ea4
-def train_step(learner: Learner, samples: NestedTensor, targets: list[dict[str, Any]]) -> dict[str, Any]:
+# %% ../nbs/10_training.ipynb #9390e4b3
+def train_step(learner: Learner, samples: NestedTensor, targets: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One step of the optimiser; returns what is worth logging.
 
     Raises:
@@ -477,7 +478,7 @@ class RunFolder:
         whole = [json.loads(line) for line in lines if line.endswith("}")]
         return [line for line in whole if phase in (None, line["phase"])]
 
-# %% ../nbs/10_training.ipynb #645b6bb2
+# %% ../nbs/10_training.ipynb #f4f3bc48
 def save_checkpoint(folder: RunFolder, learner: Learner, spec: ModelSpec, progress: dict[str, float]) -> None:
     """Writes all that `restore_checkpoint` needs, and the weights to predict with; a kill leaves the files of last time."""
     state = {
@@ -500,7 +501,7 @@ def restore_checkpoint(folder: RunFolder, learner: Learner) -> dict[str, float]:
     """
     try:
         state = torch.load(folder.state, map_location=learner.device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{folder.state} is damaged and cannot be resumed from; {folder.last} may still be good") from error
     learner.step = state["step"]
     learner.model.load_state_dict(state["model"])
@@ -593,7 +594,7 @@ def fit(trainer: Trainer, progress: bool = True) -> None:
             if at_scoring or at_end or learner.step % config.save_every == 0:
                 save_checkpoint(trainer.folder, learner, trainer.spec, trainer.progress)
 
-# %% ../nbs/10_training.ipynb #c41c8558
+# %% ../nbs/10_training.ipynb #1644afd0
 def plan(trainer: Trainer) -> str:
     """What a run is about to do, in words: pictures and steps, model, classes."""
     config, spec, learner = trainer.config, trainer.spec, trainer.learner
@@ -623,4 +624,6 @@ def resume(path: str | Path) -> Trainer:
     trainer = Trainer(folder.read_config(), folder)
     if folder.state.exists():
         trainer.progress = restore_checkpoint(folder, trainer.learner)
+    else:
+        folder.metrics.unlink(missing_ok=True)
     return trainer

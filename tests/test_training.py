@@ -284,7 +284,7 @@ def test_training_lowers_the_loss(tmp_path):
     trainer.val_pictures = None
     fit(trainer, progress=False)
     losses = [line["loss"] for line in trainer.folder.read_metrics("detr")]
-    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
 # Files of weights
