@@ -133,7 +133,9 @@ def long_run(tmp_path, photos):
     run = tmp_path / "long"
     arguments = ["train", str(run), *TINY, "--epochs", "500", "--images", str(images), "--annotations", str(annotations)]
     command = [sys.executable, "-c", "from annotated_detr.cli import main; main()", *arguments]
-    process = subprocess.Popen(command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A background job of a script inherits "ignore Ctrl-C", and would hand it on.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     state = run / "checkpoints" / "state.pt"
     deadline = time.monotonic() + 120
     while not state.exists() and process.poll() is None and time.monotonic() < deadline:
