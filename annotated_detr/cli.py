@@ -17,28 +17,31 @@ from . import data, inference, scenes, training
 from .evaluation import evaluate
 from .nested_tensor import collate_fn
 
-# %% ../nbs/cli.ipynb #976498c2
+# %% ../nbs/cli.ipynb #fa2e542c
 app = SubcommandApp()
-_ABOUT = {name: "The paper's model with the paper's recipe." for name in training.RECIPES} | {
-    "tiny": "Small enough to learn on two CPU cores; learns from random weights."
-}
+_ABOUT = {
+    name: "The paper's model with the paper's recipe." for name in training.RECIPES
+} | {"tiny": "Small enough to learn on two CPU cores; learns from random weights."}
 Recipe = subcommand_type_from_defaults(training.RECIPES, _ABOUT)
 
 
 @app.command
 def train(run: Positional[Path], config: Recipe) -> None:
-    """Train a detector on pictures in COCO's format, or on scenes that the package draws if none are given.
+    """Train a detector on pictures in COCO's format, or on scenes that the package draws if
+    none are given.
 
     Args:
         run: New folder for configuration, metrics and checkpoints.
-        config: Model and recipe; each has options of its own, see `annotated-detr train RUN tiny --help`.
+        config: Model and recipe; each has options of its own, see `annotated-detr train RUN
+            tiny --help`.
     """
     _fit(training.start(config, run))
 
 
 @app.command
 def resume(run: Positional[Path]) -> None:
-    """Go on with a run that was stopped or killed, from its last checkpoint, with the settings it was started with.
+    """Go on with a run that was stopped or killed, from its last checkpoint, with the
+    settings it was started with.
 
     Args:
         run: Folder of the run.
@@ -52,19 +55,30 @@ def _fit(trainer: training.Trainer) -> None:
     try:
         training.fit(trainer)
     except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(f"`annotated-detr resume {folder}` goes on from the last checkpoint") from stop
-    print(f"done: `annotated-detr predict {folder} PICTURES --out FOLDER` draws what it finds")
+        raise KeyboardInterrupt(
+            f"`annotated-detr resume {folder}` goes on from the last checkpoint"
+        ) from stop
+    print(
+        f"done: `annotated-detr predict {folder} PICTURES --out FOLDER` draws what it finds"
+    )
 
-# %% ../nbs/cli.ipynb #6a6ec804
+# %% ../nbs/cli.ipynb #2e7d95d3
 @app.command(name="eval")
 def eval_(
-    model: Positional[str], images: Path | None = None, annotations: Path | None = None, batch_size: int = 16,
-    max_dets: int = 100, device: str = "auto", out: Path | None = None,
+    model: Positional[str],
+    images: Path | None = None,
+    annotations: Path | None = None,
+    batch_size: int = 16,
+    max_dets: int = 100,
+    device: str = "auto",
+    out: Path | None = None,
 ) -> None:
-    """Score a detector with COCO's average precision, on pictures or on the 500 test scenes if none are given.
+    """Score a detector with COCO's average precision, on pictures or on the 500 test scenes
+    if none are given.
 
     Args:
-        model: Folder of a run, a .safetensors file, or tiny-scenes, the detector that the package brings.
+        model: Folder of a run, a .safetensors file, or tiny-scenes, the detector that the
+            package brings.
         images: Folder of pictures.
         annotations: Their COCO annotation file.
         batch_size: Pictures in a batch; padding depends on it, so it belongs to the result.
@@ -73,7 +87,9 @@ def eval_(
         out: New file for the scores as JSON.
     """
     if (images is None) != (annotations is None):
-        raise ValueError("--images and --annotations go together: give both, or neither to score on scenes")
+        raise ValueError(
+            "--images and --annotations go together: give both, or neither to score on scenes"
+        )
     if out is not None and out.exists():
         raise FileExistsError(f"{out} exists already: name a new file for the scores")
     detector = inference.load_detector(model, training.pick_device(device))
@@ -83,20 +99,34 @@ def eval_(
         sizes = (scenes.SMALL_AREA, scenes.MEDIUM_AREA)
     pictures = data.CocoDetection(images, annotations, transforms=detector.transform)
     loader = DataLoader(pictures, batch_size, collate_fn=collate_fn)
-    scores = evaluate(detector.model, loader, pictures.coco, detector.device, max_dets=max_dets, size_thresholds=sizes)
+    scores = evaluate(
+        detector.model,
+        loader,
+        pictures.coco,
+        detector.device,
+        max_dets=max_dets,
+        size_thresholds=sizes,
+    )
     print(scores)
     if out is not None:
         scores.to_json(out)
 
-# %% ../nbs/cli.ipynb #3e0c47d1
+# %% ../nbs/cli.ipynb #8b61b716
 @app.command
 def predict(
-    model: Positional[str], pictures: Positional[list[Path]], out: Path, threshold: float = 0.7, batch_size: int = 1, device: str = "auto"
+    model: Positional[str],
+    pictures: Positional[list[Path]],
+    out: Path,
+    threshold: float = 0.7,
+    batch_size: int = 1,
+    device: str = "auto",
 ) -> None:
-    """Find objects in pictures: draws them with their boxes, and writes predictions.json in COCO's results format.
+    """Find objects in pictures: draws them with their boxes, and writes predictions.json in
+    COCO's results format.
 
     Args:
-        model: Folder of a run, a .safetensors file, or tiny-scenes, the detector that the package brings.
+        model: Folder of a run, a .safetensors file, or tiny-scenes, the detector that the
+            package brings.
         pictures: Pictures, or one folder of pictures.
         out: New folder for the drawn pictures and predictions.json.
         threshold: The least score of a box that is kept, from 0 to 1.
@@ -106,17 +136,24 @@ def predict(
     detector = inference.load_detector(model, training.pick_device(device))
     inputs = pictures[0] if len(pictures) == 1 else pictures
     report = inference.predict_folder(detector, inputs, out, threshold, batch_size)
-    print(f"{report.done} pictures done, {report.skipped} were done before, {len(report.failed)} failed; see {out}")
+    print(
+        f"{report.done} pictures done, {report.skipped} were done before, {len(report.failed)} failed; see {out}"
+    )
     if report.failed:
         sys.exit("\n".join(report.failed.values()))
 
-# %% ../nbs/cli.ipynb #3711524f
+# %% ../nbs/cli.ipynb #86060f11
 @app.command
 def check(
-    images: Positional[Path], annotations: Positional[Path], num_queries: int | None = None, num_classes: int | None = None,
-    json: bool = False, repair: Path | None = None,
+    images: Positional[Path],
+    annotations: Positional[Path],
+    num_queries: int | None = None,
+    num_classes: int | None = None,
+    json: bool = False,
+    repair: Path | None = None,
 ) -> None:
-    """Look for everything in a dataset that would stop training or spoil it; exit code 1 if training would fail.
+    """Look for everything in a dataset that would stop training or spoil it; exit code 1 if
+    training would fail.
 
     Args:
         images: Folder of pictures.
@@ -124,18 +161,28 @@ def check(
         num_queries: Queries of the model that will train; no picture may have more boxes.
         num_classes: Classes of the model that will train; category ids must be smaller.
         json: Print the report as JSON, for machines.
-        repair: New folder for a mended copy of the annotations; the original stays as it is.
+        repair: New folder for a mended copy of the annotations; the original stays as it
+            is.
     """
     report = data.check_dataset(images, annotations, num_classes, num_queries)
     print(report.to_json() if json else report)
     if repair is not None:
-        print(data.repair(images, annotations, repair), file=sys.stderr if json else sys.stdout)
+        print(
+            data.repair(images, annotations, repair),
+            file=sys.stderr if json else sys.stdout,
+        )
     if not report.ok:
         sys.exit(1)
 
 
 @app.command(name="scenes")
-def scenes_(out: Positional[Path], split: str = "train", count: int = 20_000, size: int = 128, panoptic: bool = False) -> None:
+def scenes_(
+    out: Positional[Path],
+    split: str = "train",
+    count: int = 20_000,
+    size: int = 128,
+    panoptic: bool = False,
+) -> None:
     """Draw scenes into a folder in COCO's format; what is there already is not drawn again.
 
     Args:
@@ -148,11 +195,16 @@ def scenes_(out: Positional[Path], split: str = "train", count: int = 20_000, si
     pictures, annotations = scenes.coco_folder(out, split, count, size, panoptic=panoptic)
     print(f"{count:,} scenes in {pictures}, annotations in {annotations}")
 
-# %% ../nbs/cli.ipynb #e090af06
+# %% ../nbs/cli.ipynb #0a618246
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; `arguments` are those of the shell if not given."""
     try:
-        app.cli(prog="annotated-detr", description=_DESCRIPTION, args=arguments, config=(OmitArgPrefixes, OmitSubcommandPrefixes))
+        app.cli(
+            prog="annotated-detr",
+            description=_DESCRIPTION,
+            args=arguments,
+            config=(OmitArgPrefixes, OmitSubcommandPrefixes),
+        )
     except KeyboardInterrupt as stop:
         print(f"annotated-detr: stopped {stop}", file=sys.stderr)
         sys.exit(130)

@@ -3,8 +3,9 @@
 # %% auto #0
 __all__ = ['PAPER', 'RECIPES', 'DataConfig', 'TrainConfig', 'mix_seeds', 'TrainingOrder', 'AugmentedPictures', 'open_datasets',
            'ModelSpec', 'write_atomically', 'save_model', 'load_model', 'cell_centres', 'dense_targets', 'DenseHead',
-           'parameter_groups', 'rate_factor', 'build_model', 'pick_device', 'Learner', 'train_step', 'RunFolder',
-           'save_checkpoint', 'restore_checkpoint', 'Trainer', 'fit', 'plan', 'start', 'resume']
+           'parameter_groups', 'rate_factor', 'build_model', 'pick_device', 'Learner', 'set_rates', 'train_step',
+           'RunFolder', 'save_checkpoint', 'restore_checkpoint', 'Trainer', 'batches', 'score', 'fit', 'plan', 'start',
+           'resume']
 
 # %% ../nbs/10_training.ipynb #456f7750
 import io
@@ -37,22 +38,26 @@ from .evaluation import Scores, evaluate
 from .loss import build_criterion
 from .nested_tensor import NestedTensor, collate_fn
 
-# %% ../nbs/10_training.ipynb #233397f0
+# %% ../nbs/10_training.ipynb #484986be
 @dataclass(frozen=True)
 class DataConfig:
     """What a run learns from, and how its pictures are changed on the way.
 
     Attributes:
-        images: Folder of training pictures. Without it the run trains on scenes that the package draws.
+        images: Folder of training pictures. Without it the run trains on scenes that the
+            package draws.
         annotations: COCO annotation file of the training pictures.
         val_images: Folder of validation pictures; the training folder if not given.
-        val_annotations: COCO annotation file of the validation pictures; without it nothing is scored.
+        val_annotations: COCO annotation file of the validation pictures; without it nothing
+            is scored.
         scenes: Number of training scenes, when no pictures are given.
         val_scenes: Number of validation scenes, when no pictures are given.
-        size: Short side of a picture in pixels. The paper's augmentation, made for 800, is scaled to it.
+        size: Short side of a picture in pixels. The paper's augmentation, made for 800, is
+            scaled to it.
         multi_scale: Random scales and crops, as in the paper.
         color_jitter: Strength of random colour changes; 0 is none, as in the paper.
-        vertical_flip: Also flip upside down, for pictures that have no up, such as microscopy.
+        vertical_flip: Also flip upside down, for pictures that have no up, such as
+            microscopy.
         num_workers: Processes that load pictures beside the training process.
     """
 
@@ -68,25 +73,29 @@ class DataConfig:
     vertical_flip: bool = False
     num_workers: int = 0
 
-# %% ../nbs/10_training.ipynb #996eb1ab
+# %% ../nbs/10_training.ipynb #8bf78777
 @dataclass(frozen=True)
 class TrainConfig(DataConfig):
-    """Everything that decides a training run. The defaults are the recipe for `tiny`; `RECIPES` has one for every model.
+    """Everything that decides a training run. The defaults are the recipe for `tiny`;
+    `RECIPES` has one for every model.
 
     Attributes:
         model: Name of the model, a key of `annotated_detr.detr.PRESETS`.
         num_queries: Object queries: the most boxes that one picture can receive.
-        backbone_weights: Where the backbone of a paper model starts: a torchvision name such as IMAGENET1K_V1, or a file.
+        backbone_weights: Where the backbone of a paper model starts: a torchvision name
+            such as IMAGENET1K_V1, or a file.
         epochs: Passes over the training pictures.
         batch_size: Pictures in a step.
         lr: Learning rate of everything but the backbone.
         lr_backbone: Learning rate of the backbone.
         weight_decay: Weight decay of AdamW, on every parameter.
         clip_norm: Largest gradient norm of a step.
-        schedule: "step" multiplies the rate by 0.1 after `lr_drop` epochs (the paper); "cosine" lowers it to zero.
+        schedule: "step" multiplies the rate by 0.1 after `lr_drop` epochs (the paper);
+            "cosine" lowers it to zero.
         lr_drop: Epochs after which "step" drops the rate.
         ramp_steps: Steps over which the rate first rises from zero.
-        warmup_steps: Steps in which a dense head teaches a random backbone before DETR starts; see `DenseHead`.
+        warmup_steps: Steps in which a dense head teaches a random backbone before DETR
+            starts; see `DenseHead`.
         no_object_weight: Weight of the no-object class in the classification loss.
         seed: Seed of weights, order, augmentation and dropout.
         eval_every: Epochs between two scorings.
@@ -115,15 +124,30 @@ class TrainConfig(DataConfig):
     log_every: int = 20
     device: str = "auto"
 
-# %% ../nbs/10_training.ipynb #f672ce4c
+# %% ../nbs/10_training.ipynb #a9a9186d
 PAPER = TrainConfig(
-    num_queries=100, backbone_weights="IMAGENET1K_V1", size=800, multi_scale=True, epochs=500, batch_size=64,
-    lr=1e-4, lr_backbone=1e-5, clip_norm=0.1, schedule="step", lr_drop=400, ramp_steps=0, warmup_steps=0,
-    no_object_weight=0.1, num_workers=4,
+    num_queries=100,
+    backbone_weights="IMAGENET1K_V1",
+    size=800,
+    multi_scale=True,
+    epochs=500,
+    batch_size=64,
+    lr=1e-4,
+    lr_backbone=1e-5,
+    clip_norm=0.1,
+    schedule="step",
+    lr_drop=400,
+    ramp_steps=0,
+    warmup_steps=0,
+    no_object_weight=0.1,
+    num_workers=4,
 )
-RECIPES = {name: TrainConfig() if name == "tiny" else replace(PAPER, model=name) for name in PRESETS}
+RECIPES = {
+    name: TrainConfig() if name == "tiny" else replace(PAPER, model=name)
+    for name in PRESETS
+}
 
-# %% ../nbs/10_training.ipynb #9b7b3f06
+# %% ../nbs/10_training.ipynb #8efbe287
 def mix_seeds(*numbers: int) -> int:
     """One well-mixed seed in 0..2^63 from several small whole numbers."""
     mixed = 0
@@ -134,10 +158,18 @@ def mix_seeds(*numbers: int) -> int:
 
 
 class TrainingOrder(Sampler):
-    """Every batch of a run from step `start` on, each a list of (epoch, index) pairs; an epoch is one permutation."""
+    """Every batch of a run from step `start` on, each a list of (epoch, index) pairs; an
+    epoch is one permutation.
+    """
 
     def __init__(self, count: int, batch_size: int, steps: int, seed: int, start: int = 0):
-        self.count, self.batch_size, self.steps, self.seed, self.start = count, batch_size, steps, seed, start
+        self.count, self.batch_size, self.steps, self.seed, self.start = (
+            count,
+            batch_size,
+            steps,
+            seed,
+            start,
+        )
 
     def __len__(self) -> int:
         return self.steps - self.start
@@ -148,13 +180,18 @@ class TrainingOrder(Sampler):
             epoch, place = divmod(step, math.ceil(self.count / self.batch_size))
             if epoch != shuffled:
                 generator = torch.Generator().manual_seed(mix_seeds(self.seed, epoch))
-                order, shuffled = torch.randperm(self.count, generator=generator).tolist(), epoch
+                order, shuffled = (
+                    torch.randperm(self.count, generator=generator).tolist(),
+                    epoch,
+                )
             first = place * self.batch_size
             yield [(epoch, index) for index in order[first : first + self.batch_size]]
 
-# %% ../nbs/10_training.ipynb #21cc1e59
+# %% ../nbs/10_training.ipynb #4b942a26
 class AugmentedPictures(Dataset):
-    """Training pictures indexed by (epoch, index): the same pair is augmented the same way, whoever loads it."""
+    """Training pictures indexed by (epoch, index): the same pair is augmented the same way,
+    whoever loads it.
+    """
 
     def __init__(self, pictures: CocoDetection, transforms: Any, seed: int):
         self.pictures, self.transforms, self.seed = pictures, transforms, seed
@@ -169,29 +206,40 @@ class AugmentedPictures(Dataset):
             torch.manual_seed(mix_seeds(self.seed, epoch, index))
             return self.transforms(image, target)
 
-# %% ../nbs/10_training.ipynb #9d848659
+# %% ../nbs/10_training.ipynb #64c3e7fe
 def open_datasets(config: TrainConfig) -> tuple[CocoDetection, CocoDetection | None]:
     """The training pictures of a run, and its validation pictures if it has any.
 
     Raises:
-        ValueError: if training on these files would fail; the message is the report of `check_dataset`.
+        ValueError: if training on these files would fail; the message is the report of
+            `check_dataset`.
     """
     if config.images is None:
         train = scenes.coco_folder(None, "train", config.scenes)
         val = scenes.coco_folder(None, "val", config.val_scenes)
     else:
         if config.annotations is None:
-            raise ValueError(f"the pictures in {config.images} come without boxes: name their COCO file with --annotations")
+            raise ValueError(
+                f"the pictures in {config.images} come without boxes: name their COCO file with --annotations"
+            )
         train = (config.images, config.annotations)
-        val = (config.val_images or config.images, config.val_annotations) if config.val_annotations else None
+        val = (
+            (config.val_images or config.images, config.val_annotations)
+            if config.val_annotations
+            else None
+        )
         for folder, file in filter(None, (train, val)):
-            report = check_dataset(folder, file, num_queries=config.num_queries, progress=False)
+            report = check_dataset(
+                folder, file, num_queries=config.num_queries, progress=False
+            )
             if not report.ok:
                 raise ValueError(f"training on {file} would fail:\n{report}")
     transforms = make_coco_transforms("val", size=config.size)
-    return CocoDetection(*train), CocoDetection(*val, transforms=transforms) if val else None
+    return CocoDetection(*train), CocoDetection(
+        *val, transforms=transforms
+    ) if val else None
 
-# %% ../nbs/10_training.ipynb #779a3e62
+# %% ../nbs/10_training.ipynb #935fae2d
 @dataclass(frozen=True)
 class ModelSpec:
     """What it takes to build a detector again and to read its answers.
@@ -215,12 +263,18 @@ class ModelSpec:
     def build(self) -> DETR:
         """The model with fresh weights; raises ValueError for a name that is not a preset."""
         if self.model not in PRESETS:
-            raise ValueError(f"there is no model {self.model!r}: choose one of {', '.join(PRESETS)}")
-        return PRESETS[self.model](num_classes=self.num_classes, num_queries=self.num_queries, **self.model_options)
+            raise ValueError(
+                f"there is no model {self.model!r}: choose one of {', '.join(PRESETS)}"
+            )
+        return PRESETS[self.model](
+            num_classes=self.num_classes, num_queries=self.num_queries, **self.model_options
+        )
 
-# %% ../nbs/10_training.ipynb #ee14c266
+# %% ../nbs/10_training.ipynb #d6c3663b
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a kill or a full disk leaves either the old file or the whole new one."""
+    """Writes a file so that a kill or a full disk leaves either the old file or the whole
+    new one.
+    """
     draft = path.with_name(f".{path.name}.part")
     with open(draft, "wb") as file:
         file.write(content)
@@ -231,10 +285,18 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def save_model(path: str | Path, model: nn.Module, spec: ModelSpec) -> None:
     """Writes weights and specification into one safetensors file."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(Path(path), safetensors.torch.save(weights, metadata={"annotated_detr": json.dumps(asdict(spec))}))
+    weights = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    write_atomically(
+        Path(path),
+        safetensors.torch.save(
+            weights, metadata={"annotated_detr": json.dumps(asdict(spec))}
+        ),
+    )
 
-# %% ../nbs/10_training.ipynb #d4754c4e
+# %% ../nbs/10_training.ipynb #c0aeb2f3
 def load_model(path: str | Path) -> tuple[DETR, ModelSpec]:
     """Builds the detector that `save_model` wrote, in evaluation mode.
 
@@ -244,49 +306,69 @@ def load_model(path: str | Path) -> tuple[DETR, ModelSpec]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}: give the .safetensors file of a trained detector")
+        raise FileNotFoundError(
+            f"there is no file {path}: give the .safetensors file of a trained detector"
+        )
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             described = (file.metadata() or {}).get("annotated_detr")
             weights = {name: file.get_tensor(name) for name in file.keys()}
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): copy it again, or train again") from error
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}): copy it again, or train again"
+        ) from error
     if described is None:
-        raise ValueError(f"{path} holds weights but does not say of which model, so `save_model` did not write it")
+        raise ValueError(
+            f"{path} holds weights but does not say of which model, so `save_model` did not write it"
+        )
     spec = ModelSpec(**json.loads(described))
     model = spec.build()
     model.load_state_dict(weights)
     return model.eval(), spec
 
-# %% ../nbs/10_training.ipynb #090e0990
+# %% ../nbs/10_training.ipynb #87d45426
 def cell_centres(mask: Bool[Tensor, "B H W"]) -> Float[Tensor, "B H W 2"]:
     """(x, y) of every cell's centre, as a fraction of its picture without the padding."""
     real = ~mask
     columns, rows = real.cumsum(2) - 0.5, real.cumsum(1) - 0.5
     width, height = real.any(1).sum(1).clamp(min=1), real.any(2).sum(1).clamp(min=1)
-    return torch.stack([columns / width[:, None, None], rows / height[:, None, None]], dim=-1)
+    return torch.stack(
+        [columns / width[:, None, None], rows / height[:, None, None]], dim=-1
+    )
 
-# %% ../nbs/10_training.ipynb #70a2eb59
+# %% ../nbs/10_training.ipynb #6706ff9d
 def dense_targets(
     centres: Float[Tensor, "B H W 2"], targets: Sequence[dict[str, Any]], num_classes: int
 ) -> tuple[Int64[Tensor, "B H W"], Float[Tensor, "B H W 4"]]:
-    """Class and x0y0x1y1 box of the smallest box that covers each cell's centre; class `num_classes` where there is none."""
+    """Class and x0y0x1y1 box of the smallest box that covers each cell's centre; class
+    `num_classes` where there is none.
+    """
     labels = torch.full(centres.shape[:3], num_classes, device=centres.device)
     boxes = torch.zeros(*centres.shape[:3], 4, device=centres.device)
     for picture, target in enumerate(targets):
         if len(target["labels"]) == 0:
             continue
-        corners, points = box_convert(target["boxes"], "cxcywh", "xyxy"), centres[picture].unsqueeze(2)
+        corners, points = (
+            box_convert(target["boxes"], "cxcywh", "xyxy"),
+            centres[picture].unsqueeze(2),
+        )
         covers = ((points > corners[:, :2]) & (points < corners[:, 2:])).all(-1)
-        areas = target["boxes"][:, 2:].prod(-1).expand(covers.shape).masked_fill(~covers, math.inf)
+        areas = (
+            target["boxes"][:, 2:]
+            .prod(-1)
+            .expand(covers.shape)
+            .masked_fill(~covers, math.inf)
+        )
         smallest, covered = areas.argmin(-1), covers.any(-1)
         labels[picture][covered] = target["labels"][smallest][covered]
         boxes[picture][covered] = corners[smallest][covered]
     return labels, boxes
 
-# %% ../nbs/10_training.ipynb #61c107fa
+# %% ../nbs/10_training.ipynb #4fc24fc3
 class DenseHead(nn.Module):
-    """A class and a box for every cell of the feature map: a teacher for a random backbone, thrown away after use."""
+    """A class and a box for every cell of the feature map: a teacher for a random backbone,
+    thrown away after use.
+    """
 
     def __init__(self, num_channels: int, num_classes: int):
         super().__init__()
@@ -295,32 +377,59 @@ class DenseHead(nn.Module):
         self.classify = nn.Conv2d(num_channels, num_classes + 1, 1)
         self.locate = nn.Conv2d(num_channels, 4, 1)
 
-    def forward(self, features: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B H W classes"], Float[Tensor, "B H W 4"]]:
-        """Logits, and the distances from a cell's centre to the left, top, right and bottom of its box, in picture sizes."""
+    def forward(
+        self, features: Float[Tensor, "B C H W"]
+    ) -> tuple[Float[Tensor, "B H W classes"], Float[Tensor, "B H W 4"]]:
+        """Logits, and the distances from a cell's centre to the left, top, right and bottom
+        of its box, in picture sizes.
+        """
         hidden = self.hidden(features).relu()
-        return self.classify(hidden).permute(0, 2, 3, 1), F.softplus(self.locate(hidden)).permute(0, 2, 3, 1)
+        return self.classify(hidden).permute(0, 2, 3, 1), F.softplus(
+            self.locate(hidden)
+        ).permute(0, 2, 3, 1)
 
-    def loss(self, features: NestedTensor, targets: Sequence[dict[str, Any]]) -> Float[Tensor, ""]:
-        """Cross-entropy over every real cell, plus 1 - GIoU averaged over the cells that a box covers."""
+    def loss(
+        self, features: NestedTensor, targets: Sequence[dict[str, Any]]
+    ) -> Float[Tensor, ""]:
+        """Cross-entropy over every real cell, plus 1 - GIoU averaged over the cells that a
+        box covers.
+        """
         logits, distances = self(features.tensors)
         centres = cell_centres(features.mask)
         labels, boxes = dense_targets(centres, targets, self.num_classes)
         real, covered = ~features.mask, (labels < self.num_classes) & ~features.mask
-        predicted = torch.cat([centres - distances[..., :2], centres + distances[..., 2:]], dim=-1)
-        giou = generalized_box_iou_loss(predicted[covered].float(), boxes[covered], reduction="sum")
-        return F.cross_entropy(logits[real].float(), labels[real]) + giou / covered.sum().clamp(min=1)
+        predicted = torch.cat(
+            [centres - distances[..., :2], centres + distances[..., 2:]], dim=-1
+        )
+        giou = generalized_box_iou_loss(
+            predicted[covered].float(), boxes[covered], reduction="sum"
+        )
+        return F.cross_entropy(
+            logits[real].float(), labels[real]
+        ) + giou / covered.sum().clamp(min=1)
 
-# %% ../nbs/10_training.ipynb #4c187cbb
-def parameter_groups(model: nn.Module, lr: float, lr_backbone: float) -> list[dict[str, Any]]:
-    """The trainable parameters of the backbone at one rate, all others at another (Appendix A.4)."""
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+# %% ../nbs/10_training.ipynb #17c45662
+def parameter_groups(
+    model: nn.Module, lr: float, lr_backbone: float
+) -> list[dict[str, Any]]:
+    """The trainable parameters of the backbone at one rate, all others at another (Appendix
+    A.4).
+    """
+    trainable = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
     backbone = [parameter for name, parameter in trainable if name.startswith("backbone.")]
-    others = [parameter for name, parameter in trainable if not name.startswith("backbone.")]
+    others = [
+        parameter for name, parameter in trainable if not name.startswith("backbone.")
+    ]
     return [{"params": others, "lr": lr}, {"params": backbone, "lr": lr_backbone}]
 
 
 def rate_factor(step: int, steps: int, ramp: int, drop: int | None) -> float:
-    """What the learning rates are multiplied by: a linear ramp, then a drop to a tenth or a cosine down to zero.
+    """What the learning rates are multiplied by: a linear ramp, then a drop to a tenth or a
+    cosine down to zero.
 
     Args:
         step: the current step, from 0.
@@ -334,7 +443,7 @@ def rate_factor(step: int, steps: int, ramp: int, drop: int | None) -> float:
         return 1.0 if step < drop else 0.1
     return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
 
-# %% ../nbs/10_training.ipynb #829bee71
+# %% ../nbs/10_training.ipynb #261fd0d7
 def build_model(spec: ModelSpec, backbone_weights: str | None) -> DETR:
     """The model that training starts from.
 
@@ -342,7 +451,9 @@ def build_model(spec: ModelSpec, backbone_weights: str | None) -> DETR:
         ValueError: if layers that never train would stay random.
     """
     if backbone_weights is not None:
-        spec = replace(spec, model_options={**spec.model_options, "weights": backbone_weights})
+        spec = replace(
+            spec, model_options={**spec.model_options, "weights": backbone_weights}
+        )
     model = spec.build()
     if has_random_frozen_layers(model):
         raise ValueError(
@@ -360,19 +471,30 @@ def pick_device(device: str) -> torch.device:
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/10_training.ipynb #ffaa293b
+# %% ../nbs/10_training.ipynb #fc919e3c
 class Learner:
-    """The part of a run that lives in memory: model, dense head, optimiser, and the step they are at."""
+    """The part of a run that lives in memory: model, dense head, optimiser, and the step
+    they are at.
+    """
 
     def __init__(self, config: TrainConfig, spec: ModelSpec, steps_per_epoch: int):
         self.config, self.steps_per_epoch = config, steps_per_epoch
         self.steps = config.warmup_steps + config.epochs * steps_per_epoch
         self.device = pick_device(config.device)
         torch.manual_seed(config.seed)
-        # Channels last is the order in memory in which convolutions run fastest; shapes and results stay as they are.
-        self.model = build_model(spec, config.backbone_weights).to(self.device, memory_format=torch.channels_last)
-        self.dense_head = DenseHead(self.model.backbone.num_channels, spec.num_classes).to(self.device)
-        self.criterion = build_criterion(spec.num_classes, len(self.model.transformer.decoder.layers), config.no_object_weight)
+        # Channels last is the order in memory in which convolutions run fastest; shapes and
+        # results stay as they are.
+        self.model = build_model(spec, config.backbone_weights).to(
+            self.device, memory_format=torch.channels_last
+        )
+        self.dense_head = DenseHead(self.model.backbone.num_channels, spec.num_classes).to(
+            self.device
+        )
+        self.criterion = build_criterion(
+            spec.num_classes,
+            len(self.model.transformer.decoder.layers),
+            config.no_object_weight,
+        )
         self.step = 0
         self.start_phase()
 
@@ -382,24 +504,29 @@ class Learner:
         return self.step < self.config.warmup_steps
 
     def start_phase(self) -> None:
-        """A fresh optimiser: for backbone and dense head in the warm-up, for all of DETR after it."""
+        """A fresh optimiser: for backbone and dense head in the warm-up, for all of DETR
+        after it.
+        """
         if self.warming_up:
-            groups = [{"params": [*self.model.backbone.parameters(), *self.dense_head.parameters()], "lr": self.config.lr}]
+            groups = [
+                {
+                    "params": [
+                        *self.model.backbone.parameters(),
+                        *self.dense_head.parameters(),
+                    ],
+                    "lr": self.config.lr,
+                }
+            ]
         else:
             groups = parameter_groups(self.model, self.config.lr, self.config.lr_backbone)
         self.rates = [group["lr"] for group in groups]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=self.config.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            groups, weight_decay=self.config.weight_decay, fused=True
+        )
 
-    def set_rates(self) -> None:
-        """Gives the optimiser the learning rates of the current step."""
-        config, past = self.config, 0 if self.warming_up else self.config.warmup_steps
-        end = config.warmup_steps if self.warming_up else self.steps
-        drop = config.lr_drop * self.steps_per_epoch if config.schedule == "step" else None
-        factor = rate_factor(self.step - past, end - past, config.ramp_steps, drop)
-        for group, rate in zip(self.optimizer.param_groups, self.rates):
-            group["lr"] = rate * factor
-
-    def losses(self, samples: NestedTensor, targets: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def losses(
+        self, samples: NestedTensor, targets: Sequence[dict[str, Any]]
+    ) -> dict[str, Tensor]:
         """All losses of a batch, with their weighted sum as "loss"."""
         if self.warming_up:
             features, _ = self.model.backbone(samples)
@@ -407,39 +534,68 @@ class Learner:
         losses = self.criterion(self.model(samples), targets)
         return {"loss": self.criterion.total(losses), **losses}
 
-# %% ../nbs/10_training.ipynb #37cdb964
-def train_step(learner: Learner, samples: NestedTensor, targets: Sequence[dict[str, Any]]) -> dict[str, Any]:
+# %% ../nbs/10_training.ipynb #0b532525
+def set_rates(learner: Learner) -> None:
+    """Gives the optimiser the learning rates of the current step."""
+    config = learner.config
+    first = 0 if learner.warming_up else config.warmup_steps
+    last = config.warmup_steps if learner.warming_up else learner.steps
+    drop = config.lr_drop * learner.steps_per_epoch if config.schedule == "step" else None
+    factor = rate_factor(learner.step - first, last - first, config.ramp_steps, drop)
+    for group, rate in zip(learner.optimizer.param_groups, learner.rates):
+        group["lr"] = rate * factor
+
+# %% ../nbs/10_training.ipynb #df21f736
+def train_step(
+    learner: Learner, samples: NestedTensor, targets: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
     """One step of the optimiser; returns what is worth logging.
 
     Raises:
         FloatingPointError: if the loss is not finite; the message names the pictures.
     """
     phase = "warm-up" if learner.warming_up else "detr"
-    learner.set_rates()
+    set_rates(learner)
     learner.model.train()
     losses = learner.losses(samples, targets)
     if not losses["loss"].isfinite():
         ids = [int(target["image_id"]) for target in targets]
-        raise FloatingPointError(f"the loss of step {learner.step} is {losses['loss'].item()}, on the pictures {ids}: try a lower learning rate")
+        raise FloatingPointError(
+            f"the loss of step {learner.step} is {losses['loss'].item()}, on the pictures {ids}: try a lower learning rate"
+        )
     learner.optimizer.zero_grad()
     losses["loss"].backward()
-    parameters = [parameter for group in learner.optimizer.param_groups for parameter in group["params"]]
+    parameters = [
+        parameter
+        for group in learner.optimizer.param_groups
+        for parameter in group["params"]
+    ]
     norm = nn.utils.clip_grad_norm_(parameters, learner.config.clip_norm)
     learner.optimizer.step()
     learner.step += 1
     if learner.step == learner.config.warmup_steps:
         learner.start_phase()
-    return {"phase": phase, **losses, "grad_norm": norm, "lr": learner.optimizer.param_groups[0]["lr"]}
+    return {
+        "phase": phase,
+        **losses,
+        "grad_norm": norm,
+        "lr": learner.optimizer.param_groups[0]["lr"],
+    }
 
-# %% ../nbs/10_training.ipynb #22d26ac8
+# %% ../nbs/10_training.ipynb #163583d7
 class RunFolder:
-    """The files of a run: config.json, metrics.jsonl, and in checkpoints/ state.pt, last and best .safetensors."""
+    """The files of a run: config.json, metrics.jsonl, and in checkpoints/ state.pt, last
+    and best .safetensors.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config, self.metrics = self.path / "config.json", self.path / "metrics.jsonl"
         self.state = self.path / "checkpoints" / "state.pt"
-        self.last, self.best = self.state.with_name("last.safetensors"), self.state.with_name("best.safetensors")
+        self.last, self.best = (
+            self.state.with_name("last.safetensors"),
+            self.state.with_name("best.safetensors"),
+        )
 
     def refuse_if_used(self) -> None:
         """Raises FileExistsError if there is something in the folder already."""
@@ -451,18 +607,31 @@ class RunFolder:
     def create(self, config: TrainConfig) -> None:
         """Makes the folder and writes the configuration."""
         self.state.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.config, json.dumps(asdict(config), indent=2, default=str).encode())
+        write_atomically(
+            self.config, json.dumps(asdict(config), indent=2, default=str).encode()
+        )
 
     def read_config(self) -> TrainConfig:
-        """The configuration that `create` wrote; raises FileNotFoundError or ValueError if it is not there or not one."""
+        """The configuration that `create` wrote; raises FileNotFoundError or ValueError if
+        it is not there or not one.
+        """
         if not self.config.is_file():
-            raise FileNotFoundError(f"{self.path} has no config.json, so it is not the folder of a training run")
+            raise FileNotFoundError(
+                f"{self.path} has no config.json, so it is not the folder of a training run"
+            )
         try:
             saved = json.loads(self.config.read_text())
             paths = {"images", "annotations", "val_images", "val_annotations"}
-            return TrainConfig(**{name: Path(value) if name in paths and value else value for name, value in saved.items()})
+            return TrainConfig(
+                **{
+                    name: Path(value) if name in paths and value else value
+                    for name, value in saved.items()
+                }
+            )
         except (json.JSONDecodeError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.config} is not the configuration of a training run: {error}") from error
+            raise ValueError(
+                f"{self.config} is not the configuration of a training run: {error}"
+            ) from error
 
     def append(self, numbers: dict[str, Any]) -> None:
         """Adds one line to metrics.jsonl."""
@@ -470,18 +639,28 @@ class RunFolder:
             file.write(json.dumps(numbers) + "\n")
 
     def read_metrics(self, phase: str | None = None) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, those of one phase if asked; a last line that a kill cut short is left out."""
+        """The lines of metrics.jsonl, those of one phase if asked; a last line that a kill
+        cut short is left out.
+        """
         lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
         whole = [json.loads(line) for line in lines if line.endswith("}")]
         return [line for line in whole if phase in (None, line["phase"])]
 
-# %% ../nbs/10_training.ipynb #c64a30a2
-def save_checkpoint(folder: RunFolder, learner: Learner, spec: ModelSpec, progress: dict[str, float]) -> None:
-    """Writes all that `restore_checkpoint` needs, and the weights to predict with; a kill leaves the files of last time."""
+# %% ../nbs/10_training.ipynb #af28d7f5
+def save_checkpoint(
+    folder: RunFolder, learner: Learner, spec: ModelSpec, progress: dict[str, float]
+) -> None:
+    """Writes all that `restore_checkpoint` needs, and the weights to predict with; a kill
+    leaves the files of last time.
+    """
     state = {
-        "step": learner.step, "progress": progress, "model": learner.model.state_dict(),
-        "dense_head": learner.dense_head.state_dict(), "optimizer": learner.optimizer.state_dict(),
-        "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all(),
+        "step": learner.step,
+        "progress": progress,
+        "model": learner.model.state_dict(),
+        "dense_head": learner.dense_head.state_dict(),
+        "optimizer": learner.optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all(),
     }
     content = io.BytesIO()
     torch.save(state, content)
@@ -490,7 +669,8 @@ def save_checkpoint(folder: RunFolder, learner: Learner, spec: ModelSpec, progre
 
 
 def restore_checkpoint(folder: RunFolder, learner: Learner) -> dict[str, float]:
-    """Puts a learner back to the last checkpoint, bit for bit, and drops the metrics that were logged after it.
+    """Puts a learner back to the last checkpoint, bit for bit, and drops the metrics that
+    were logged after it.
 
     Raises:
         ValueError: if the checkpoint is damaged.
@@ -498,7 +678,9 @@ def restore_checkpoint(folder: RunFolder, learner: Learner) -> dict[str, float]:
     try:
         state = torch.load(folder.state, map_location=learner.device, weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{folder.state} is damaged and cannot be resumed from; {folder.last} may still be good") from error
+        raise ValueError(
+            f"{folder.state} is damaged and cannot be resumed from; {folder.last} may still be good"
+        ) from error
     learner.step = state["step"]
     learner.model.load_state_dict(state["model"])
     learner.dense_head.load_state_dict(state["dense_head"])
@@ -507,72 +689,123 @@ def restore_checkpoint(folder: RunFolder, learner: Learner) -> dict[str, float]:
     torch.set_rng_state(state["rng"].cpu())
     torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
     kept = [line for line in folder.read_metrics() if line["step"] <= learner.step]
-    write_atomically(folder.metrics, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    write_atomically(
+        folder.metrics, "".join(json.dumps(line) + "\n" for line in kept).encode()
+    )
     return state["progress"]
 
-# %% ../nbs/10_training.ipynb #a3fbbf58
+# %% ../nbs/10_training.ipynb #903a509b
 class Trainer:
-    """A run: its pictures, its learner, its folder. `start` and `resume` open one, `fit` trains to the end."""
+    """A run: its pictures, its learner, its folder. `start` and `resume` open one, `fit`
+    trains to the end.
+    """
 
     def __init__(self, config: TrainConfig, folder: RunFolder):
         self.config, self.folder = config, folder
         self.pictures, self.val_pictures = open_datasets(config)
-        names = {str(category): name for category, name in self.pictures.class_names.items()}
-        self.spec = ModelSpec(config.model, self.pictures.num_classes, config.num_queries, config.size, names, {"aux_loss": True})
-        self.learner = Learner(config, self.spec, math.ceil(len(self.pictures) / config.batch_size))
-        self.progress = {"seconds": 0.0, "best": -1.0}
-
-    def batches(self) -> DataLoader:
-        """The training batches from the current step to the last."""
-        config, learner = self.config, self.learner
-        order = TrainingOrder(len(self.pictures), config.batch_size, learner.steps, config.seed, learner.step)
-        transforms = make_coco_transforms(
-            "train", size=config.size, multi_scale=config.multi_scale, color_jitter=config.color_jitter, vertical_flip=config.vertical_flip
+        names = {
+            str(category): name for category, name in self.pictures.class_names.items()
+        }
+        self.spec = ModelSpec(
+            config.model,
+            self.pictures.num_classes,
+            config.num_queries,
+            config.size,
+            names,
+            {"aux_loss": True},
         )
-        pictures = AugmentedPictures(self.pictures, transforms, config.seed)
-        return self.loader(pictures, batch_sampler=order)
+        self.learner = Learner(
+            config, self.spec, math.ceil(len(self.pictures) / config.batch_size)
+        )
+        self.progress = {"seconds": 0.0, "best": -1.0}
 
     def loader(self, dataset: Dataset, **options: Any) -> DataLoader:
         """A loader that leaves the global random generator alone."""
         on_gpu = self.learner.device.type == "cuda"
         return DataLoader(
-            dataset, collate_fn=collate_fn, num_workers=self.config.num_workers, pin_memory=on_gpu, generator=torch.Generator(), **options
+            dataset,
+            collate_fn=collate_fn,
+            num_workers=self.config.num_workers,
+            pin_memory=on_gpu,
+            generator=torch.Generator(),
+            **options,
         )
 
     def log(self, numbers: dict[str, Any]) -> dict[str, Any]:
-        """Adds a line to the metrics: the step, the epoch, the seconds so far, and `numbers` as plain Python."""
-        plain = {name: value.item() if isinstance(value, Tensor) else value for name, value in numbers.items()}
+        """Adds a line to the metrics: the step, the epoch, the seconds so far, and
+        `numbers` as plain Python.
+        """
+        plain = {
+            name: value.item() if isinstance(value, Tensor) else value
+            for name, value in numbers.items()
+        }
         epoch = round(self.learner.step / self.learner.steps_per_epoch, 3)
-        self.folder.append({"step": self.learner.step, "epoch": epoch, "seconds": round(self.progress["seconds"], 2), **plain})
+        self.folder.append(
+            {
+                "step": self.learner.step,
+                "epoch": epoch,
+                "seconds": round(self.progress["seconds"], 2),
+                **plain,
+            }
+        )
         return plain
 
-    def score(self) -> Scores:
-        """Scores the detector on the validation pictures, logs the scores, and keeps the weights if they are the best."""
-        sizes = (scenes.SMALL_AREA, scenes.MEDIUM_AREA) if self.config.images is None else None
-        loader = self.loader(self.val_pictures, batch_size=self.config.batch_size)
-        scores = evaluate(
-            self.learner.model, loader, self.val_pictures.coco, self.learner.device, progress=False,
-            max_dets=max(100, self.config.num_queries), size_thresholds=sizes,
-        )
-        self.log({"phase": "validation", **scores.to_dict()})
-        if scores.AP is not None and scores.AP > self.progress["best"]:
-            self.progress["best"] = scores.AP
-            save_model(self.folder.best, self.learner.model, self.spec)
-        return scores
+# %% ../nbs/10_training.ipynb #34b661be
+def batches(trainer: Trainer) -> DataLoader:
+    """The training batches from the current step to the last."""
+    config, learner = trainer.config, trainer.learner
+    transforms = make_coco_transforms(
+        "train",
+        size=config.size,
+        multi_scale=config.multi_scale,
+        color_jitter=config.color_jitter,
+        vertical_flip=config.vertical_flip,
+    )
+    pictures = AugmentedPictures(trainer.pictures, transforms, config.seed)
+    order = TrainingOrder(
+        len(pictures), config.batch_size, learner.steps, config.seed, start=learner.step
+    )
+    return trainer.loader(pictures, batch_sampler=order)
 
-# %% ../nbs/10_training.ipynb #a79a6cc0
+
+def score(trainer: Trainer) -> Scores:
+    """Scores the model on the validation pictures, logs it, and keeps the weights if they are the best."""
+    config, learner = trainer.config, trainer.learner
+    scores = evaluate(
+        learner.model,
+        trainer.loader(trainer.val_pictures, batch_size=config.batch_size),
+        trainer.val_pictures.coco,
+        learner.device,
+        progress=False,
+        max_dets=max(100, config.num_queries),
+        size_thresholds=None if config.images else (scenes.SMALL_AREA, scenes.MEDIUM_AREA),
+    )
+    trainer.log({"phase": "validation", **scores.to_dict()})
+    if scores.AP is not None and scores.AP > trainer.progress["best"]:
+        trainer.progress["best"] = scores.AP
+        save_model(trainer.folder.best, learner.model, trainer.spec)
+    return scores
+
+# %% ../nbs/10_training.ipynb #83bd651b
 def fit(trainer: Trainer, progress: bool = True) -> None:
-    """Trains from the current step to the last: logs every few steps, scores every few epochs, saves on the way.
+    """Trains from the current step to the last: logs every few steps, scores every few
+    epochs, saves on the way.
 
-    Ctrl-C stops it between two steps; like a kill, it costs the steps since the last checkpoint and nothing else.
+    Ctrl-C stops it between two steps; like a kill, it costs the steps since the last
+    checkpoint and nothing else.
     """
     config, learner = trainer.config, trainer.learner
     before, begun = trainer.progress["seconds"], time.perf_counter()
-    quiet = {} if progress else {"disable": True}  # a missing argument leaves TQDM_DISABLE its say
+    quiet = (
+        {} if progress else {"disable": True}
+    )  # a missing argument leaves TQDM_DISABLE its say
     with tqdm(total=learner.steps, initial=learner.step, unit="step", **quiet) as bar:
-        for samples, targets in trainer.batches():
+        for samples, targets in batches(trainer):
             samples = samples.to(learner.device)
-            targets = [{name: value.to(learner.device) for name, value in target.items()} for target in targets]
+            targets = [
+                {name: value.to(learner.device) for name, value in target.items()}
+                for target in targets
+            ]
             logged = train_step(learner, samples, targets)
             trainer.progress["seconds"] = before + time.perf_counter() - begun
             bar.update()
@@ -580,20 +813,33 @@ def fit(trainer: Trainer, progress: bool = True) -> None:
             if learner.step % config.log_every == 0 or at_end:
                 numbers = trainer.log(logged)
                 bar.set_postfix(loss=f"{numbers['loss']:.2f}", lr=f"{numbers['lr']:.1e}")
-            epoch, place = divmod(learner.step - config.warmup_steps, learner.steps_per_epoch)
-            at_scoring = not learner.warming_up and epoch > 0 and place == 0 and epoch % config.eval_every == 0
+            epoch, place = divmod(
+                learner.step - config.warmup_steps, learner.steps_per_epoch
+            )
+            at_scoring = (
+                not learner.warming_up
+                and epoch > 0
+                and place == 0
+                and epoch % config.eval_every == 0
+            )
             if trainer.val_pictures is not None and (at_scoring or at_end):
-                scores = trainer.score()
-                bar.write(f"step {learner.step:,}: AP {scores.AP or 0:.3f}, AP50 {scores.AP50 or 0:.3f}")
+                scores = score(trainer)
+                bar.write(
+                    f"step {learner.step:,}: AP {scores.AP or 0:.3f}, AP50 {scores.AP50 or 0:.3f}"
+                )
             if at_scoring or at_end or learner.step % config.save_every == 0:
                 save_checkpoint(trainer.folder, learner, trainer.spec, trainer.progress)
 
-# %% ../nbs/10_training.ipynb #1644afd0
+# %% ../nbs/10_training.ipynb #1bc76da9
 def plan(trainer: Trainer) -> str:
     """What a run is about to do, in words: pictures and steps, model, classes."""
     config, spec, learner = trainer.config, trainer.spec, trainer.learner
     steps = learner.steps - config.warmup_steps
-    parameters = sum(parameter.numel() for parameter in learner.model.parameters() if parameter.requires_grad)
+    parameters = sum(
+        parameter.numel()
+        for parameter in learner.model.parameters()
+        if parameter.requires_grad
+    )
     classes = ", ".join(f"{category} {name}" for category, name in spec.class_names.items())
     return (
         f"{len(trainer.pictures):,} pictures × {config.epochs} epochs in batches of {config.batch_size} = {steps:,} steps, "
@@ -604,7 +850,9 @@ def plan(trainer: Trainer) -> str:
 
 
 def start(config: TrainConfig, path: str | Path) -> Trainer:
-    """Opens a new run in a new or empty folder; raises FileExistsError if the folder holds anything."""
+    """Opens a new run in a new or empty folder; raises FileExistsError if the folder holds
+    anything.
+    """
     folder = RunFolder(path)
     folder.refuse_if_used()
     trainer = Trainer(config, folder)
@@ -613,7 +861,9 @@ def start(config: TrainConfig, path: str | Path) -> Trainer:
 
 
 def resume(path: str | Path) -> Trainer:
-    """Opens a run where its last checkpoint left it; one that was stopped before its first begins again."""
+    """Opens a run where its last checkpoint left it; one that was stopped before its first
+    begins again.
+    """
     folder = RunFolder(path)
     trainer = Trainer(folder.read_config(), folder)
     if folder.state.exists():

@@ -194,7 +194,7 @@ def test_a_run_leaves_its_configuration_metrics_and_detectors(finished):
 def test_the_warm_up_trains_the_backbone_alone(tmp_path):
     trainer = start(SMALL, tmp_path / "run")
     before = {name: tensor.clone() for name, tensor in trainer.learner.model.state_dict().items()}
-    for samples, targets in trainer.batches():
+    for samples, targets in training.batches(trainer):
         training.train_step(trainer.learner, samples, targets)
         if not trainer.learner.warming_up:
             break
@@ -317,7 +317,7 @@ def test_a_loss_that_is_not_finite_names_the_pictures(tmp_path):
     trainer = start(replace(SMALL, warmup_steps=1), tmp_path / "run")
     with torch.no_grad():
         trainer.learner.dense_head.classify.bias.fill_(float("nan"))
-    samples, targets = next(iter(trainer.batches()))
+    samples, targets = next(iter(training.batches(trainer)))
     ids = [int(target["image_id"]) for target in targets]
     with pytest.raises(FloatingPointError, match=str(ids[0])):
         training.train_step(trainer.learner, samples, targets)
