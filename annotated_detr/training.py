@@ -830,22 +830,21 @@ def fit(trainer: Trainer, progress: bool = True) -> None:
             if at_scoring or at_end or learner.step % config.save_every == 0:
                 save_checkpoint(trainer.folder, learner, trainer.spec, trainer.progress)
 
-# %% ../nbs/10_training.ipynb #1bc76da9
+# %% ../nbs/10_training.ipynb #488cd9a6
 def plan(trainer: Trainer) -> str:
     """What a run is about to do, in words: pictures and steps, model, classes."""
     config, spec, learner = trainer.config, trainer.spec, trainer.learner
-    steps = learner.steps - config.warmup_steps
-    parameters = sum(
-        parameter.numel()
-        for parameter in learner.model.parameters()
-        if parameter.requires_grad
-    )
+    steps, warmup = learner.steps - config.warmup_steps, config.warmup_steps
+    parameters = sum(p.numel() for p in learner.model.parameters() if p.requires_grad)
     classes = ", ".join(f"{category} {name}" for category, name in spec.class_names.items())
     return (
-        f"{len(trainer.pictures):,} pictures × {config.epochs} epochs in batches of {config.batch_size} = {steps:,} steps, "
-        f"after {config.warmup_steps:,} of backbone warm-up; {learner.step:,} are done\n"
-        f"{spec.model} on {learner.device}: {parameters:,} trainable parameters, {spec.num_queries} queries, short side {spec.size}\n"
-        f"num_classes {spec.num_classes} = largest category id + 1, no-object is {spec.num_classes}; classes: {classes}"
+        f"{len(trainer.pictures):,} pictures × {config.epochs} epochs"
+        f" in batches of {config.batch_size}: {steps:,} steps\n"
+        f"backbone warm-up before them: {warmup:,} steps; done so far: {learner.step:,}\n"
+        f"{spec.model} on {learner.device}: {parameters:,} trainable parameters,"
+        f" {spec.num_queries} queries, short side {spec.size}\n"
+        f"num_classes {spec.num_classes} = largest category id + 1; no-object is {spec.num_classes}\n"
+        f"classes: {classes}"
     )
 
 
