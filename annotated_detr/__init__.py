@@ -38,6 +38,7 @@ _EXPORTS = {
     "training": ["TrainConfig", "Trainer", "ModelSpec", "save_model", "load_model"],
     "inference": ["predict", "load_detector"],
     "scenes": ["running_batch", "running_batch_pil", "coco_folder"],
+    "datasets": ["download", "convert_voc"],
     "figures": [],
     "cli": [],
 }

@@ -471,7 +471,7 @@ def download(
         source.finish(folder)
     return splits
 
-# %% ../nbs/datasets.ipynb #81a5722c
+# %% ../nbs/datasets.ipynb #336dfbc4
 def _look_for_room(missing: Sequence[Archive], folder: Path) -> None:
     """Stops while there is too little room on the disk."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -501,6 +501,8 @@ def _bring(archive: Archive, folder: Path, progress: bool) -> None:
             fetch(archive.url, fetched, archive.size, progress)
         except (ConnectionError, FileNotFoundError) as error:
             size = "" if archive.size is None else f" ({_bytes(archive.size)})"
+            with contextlib.suppress(OSError):  # what has arrived stays
+                fetched.parent.rmdir()
             raise ConnectionError(
                 f"{error}; call again later to go on, or fetch {archive.url}{size} on another "
                 f"machine and put it into {folder} as {archive.name}"

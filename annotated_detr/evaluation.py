@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['COCO_SIZES', 'TWELVE', 'average_precision', 'size_rule', 'ClassScore', 'Scores', 'CocoScorer', 'eval_mode',
-           'predict_batches', 'evaluate', 'precision_recall_curves', 'confusion_matrix']
+           'predict_batches', 'collect', 'evaluate', 'precision_recall_curves', 'confusion_matrix', 'draw_curves',
+           'draw_confusion', 'save_evaluation']
 
-# %% ../nbs/09_evaluation.ipynb #dc899ad9
+# %% ../nbs/09_evaluation.ipynb #a3552798
 import contextlib
 import io
 import json
@@ -16,15 +17,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
+from matplotlib.figure import Figure
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 from tqdm import tqdm
 
+from . import figures
 from .detr import PostProcess
 
-# %% ../nbs/09_evaluation.ipynb #5f704671
+# %% ../nbs/09_evaluation.ipynb #ea03f528
 def average_precision(correct: Bool[np.ndarray, " detections"], num_boxes: int) -> float:
     """Area under the precision-recall curve by COCO's 101-point rule.
 
@@ -40,7 +43,9 @@ def average_precision(correct: Bool[np.ndarray, " detections"], num_boxes: int) 
         ValueError: without true boxes, since there is nothing to find.
     """
     if num_boxes < 1:
-        raise ValueError(f"num_boxes is {num_boxes}; without a true box there is nothing to find.")
+        raise ValueError(
+            f"num_boxes is {num_boxes}; without a true box there is nothing to find."
+        )
     found = np.cumsum(correct)
     recall = found / num_boxes
     precision = found / np.arange(1, len(correct) + 1)
@@ -48,8 +53,10 @@ def average_precision(correct: Bool[np.ndarray, " detections"], num_boxes: int) 
     first_reaching = np.searchsorted(recall, np.linspace(0, 1, 101))
     return float(np.append(envelope, 0.0)[first_reaching].mean())
 
-# %% ../nbs/09_evaluation.ipynb #7677b529
-def _silent_coco(images: list[dict], annotations: list[dict], category_ids: list[int]) -> COCO:
+# %% ../nbs/09_evaluation.ipynb #5b0965a7
+def _silent_coco(
+    images: list[dict], annotations: list[dict], category_ids: list[int]
+) -> COCO:
     """A COCO object from lists; pycocotools would print while it builds its index."""
     coco = COCO()
     categories = [{"id": category_id} for category_id in category_ids]
@@ -58,7 +65,7 @@ def _silent_coco(images: list[dict], annotations: list[dict], category_ids: list
         coco.createIndex()
     return coco
 
-# %% ../nbs/09_evaluation.ipynb #06db617c
+# %% ../nbs/09_evaluation.ipynb #4da00be0
 COCO_SIZES = (32.0**2, 96.0**2)
 
 
@@ -79,10 +86,12 @@ def size_rule(thresholds: tuple[float, float]) -> str:
             f"such as {COCO_SIZES} or both shares of the picture's area such as (0.02, 0.1)."
         )
     if medium < 1:
-        return f"small up to {small:.3g} and medium up to {medium:.3g} of the picture's area"
+        return (
+            f"small up to {small:.3g} and medium up to {medium:.3g} of the picture's area"
+        )
     return f"small up to {small:g} and medium up to {medium:g} square pixels"
 
-# %% ../nbs/09_evaluation.ipynb #68468562
+# %% ../nbs/09_evaluation.ipynb #32d07529
 TWELVE = (
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
     *("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"),
@@ -91,13 +100,16 @@ TWELVE = (
 
 @dataclass
 class ClassScore:
-    """One class's share of the scores; `AP` and `AP50` are None where it has no true box."""
+    """One class's share of the scores; a number is None where the class has no such true box."""
 
     id: int
     name: str
     boxes: int
     AP: float | None
     AP50: float | None
+    AP_small: float | None
+    AP_medium: float | None
+    AP_large: float | None
 
 # %% ../nbs/09_evaluation.ipynb #be60129b
 @dataclass
@@ -151,7 +163,7 @@ class Scores:
     def __str__(self) -> str:
         return "\n".join(_report(self))
 
-# %% ../nbs/09_evaluation.ipynb #cead5d00
+# %% ../nbs/09_evaluation.ipynb #bc7ce8d4
 def _shown(value: float | None) -> str:
     return "    –" if value is None else f"{value:.3f}"
 
@@ -161,14 +173,15 @@ def _report(scores: Scores) -> Iterator[str]:
     for row in (TWELVE[:3], TWELVE[3:6], TWELVE[6:9], TWELVE[9:]):
         yield "   ".join(f"{name:9} {_shown(scores[name])}" for name in row)
     width = max([len(entry.name) for entry in scores.by_class] + [5])
-    yield f"\n{'class':{width}}   boxes     AP   AP50"
+    yield f"\n{'class':{width}}   boxes     AP   AP50  small medium  large"
     for entry in scores.by_class:
-        yield f"{entry.name:{width}}  {entry.boxes:6}  {_shown(entry.AP)}  {_shown(entry.AP50)}"
+        parts = (entry.AP, entry.AP50, entry.AP_small, entry.AP_medium, entry.AP_large)
+        yield f"{entry.name:{width}}  {entry.boxes:6}  {'  '.join(map(_shown, parts))}"
     batch = "" if scores.batch_size is None else f", in batches of {scores.batch_size}"
     yield f"\n{scores.boxes} boxes in {scores.pictures} pictures{batch}"
     yield f"at most {scores.max_dets} detections; {size_rule(scores.size_thresholds)}"
 
-# %% ../nbs/09_evaluation.ipynb #fcc06d18
+# %% ../nbs/09_evaluation.ipynb #02703a9c
 def _as_arrays(image_id: int, result: Mapping) -> dict[str, np.ndarray]:
     """One picture's result as arrays, or one sentence that says why it cannot be scored."""
     names = ("scores", "labels", "boxes")
@@ -178,7 +191,9 @@ def _as_arrays(image_id: int, result: Mapping) -> dict[str, np.ndarray]:
             f"The result for picture {image_id} has no {', '.join(missing)}; "
             "it needs scores, labels and boxes, as PostProcess returns them."
         )
-    arrays = [torch.as_tensor(result[name]).detach().double().cpu().numpy() for name in names]
+    arrays = [
+        torch.as_tensor(result[name]).detach().double().cpu().numpy() for name in names
+    ]
     scores, labels, boxes = *arrays[:2], arrays[2].reshape(-1, 4)
     if not len(scores) == len(labels) == len(boxes):
         raise ValueError(
@@ -201,7 +216,7 @@ def _check_boxes(image_id: int, scores: np.ndarray, boxes: np.ndarray) -> None:
             "Boxes must be [x0, y0, x1, y1] in pixels; torchvision.ops.box_convert helps."
         )
 
-# %% ../nbs/09_evaluation.ipynb #bd6153a8
+# %% ../nbs/09_evaluation.ipynb #84bff38f
 class CocoScorer:
     """Collects a detector's results and scores them with pycocotools.
 
@@ -223,9 +238,12 @@ class CocoScorer:
         size_thresholds: tuple[float, float] | None = None,
     ):
         self.coco_gt, self.max_dets = coco_gt, max_dets
-        self.category_ids = sorted(coco_gt.cats if category_ids is None else set(category_ids))
+        self.category_ids = sorted(
+            coco_gt.cats if category_ids is None else set(category_ids)
+        )
         self.size_thresholds = tuple(size_thresholds or COCO_SIZES)
         self.results: dict[int, dict[str, np.ndarray]] = {}
+        self.batch_size: int | None = None  # what the results were measured with, if known
         _check_settings(self)
 
     def update(self, predictions: Mapping[int, Mapping]) -> None:
@@ -236,16 +254,21 @@ class CocoScorer:
         """
         for image_id, result in predictions.items():
             if image_id not in self.coco_gt.imgs:
-                raise ValueError(f"Picture {image_id} is not in the ground truth; is it the right one?")
+                raise ValueError(
+                    f"Picture {image_id} is not in the ground truth; is it the right one?"
+                )
             self.results[image_id] = _as_arrays(image_id, result)
 
     def merge(self) -> "CocoScorer":
         """Gives every process of torch.distributed the results of all; alone, does nothing."""
         if dist.is_available() and dist.is_initialized():
             parts: list = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, self.results)
+            dist.all_gather_object(parts, (self.results, self.batch_size))
             # A sampler may hand one picture to two processes: everywhere the lowest rank's counts.
-            self.results = {i: result for part in reversed(parts) for i, result in part.items()}
+            self.results = {
+                i: result for part, _ in reversed(parts) for i, result in part.items()
+            }
+            self.batch_size = max((size for _, size in parts if size), default=None)
         return self
 
     def rows(self) -> list[dict]:
@@ -255,30 +278,38 @@ class CocoScorer:
     def score(self, image_ids: Iterable[int] | None = None) -> COCOeval:
         """Runs pycocotools on some pictures; on all of the ground truth's if None."""
         ids = sorted(self.coco_gt.imgs if image_ids is None else set(image_ids))
-        return _run_pycocotools(*_comparable(self, ids), self.size_thresholds, self.max_dets)
+        return _run_pycocotools(
+            *_comparable(self, ids), self.size_thresholds, self.max_dets
+        )
 
     def summarize(self, image_ids: Iterable[int] | None = None) -> Scores:
         """The scores on some pictures; all of the ground truth if None."""
         return _summary(self, self.score(image_ids))
 
-# %% ../nbs/09_evaluation.ipynb #daf6cef1
+# %% ../nbs/09_evaluation.ipynb #0a72f707
 def _check_settings(scorer: CocoScorer) -> None:
     known = sorted(scorer.coco_gt.cats)
     for category_id in scorer.category_ids:
         if category_id not in known:
-            raise ValueError(f"Category {category_id} is not among the file's categories {known}.")
+            raise ValueError(
+                f"Category {category_id} is not among the file's categories {known}."
+            )
     if scorer.max_dets < 1:
-        raise ValueError(f"max_dets is {scorer.max_dets}; at least one detection must count.")
+        raise ValueError(
+            f"max_dets is {scorer.max_dets}; at least one detection must count."
+        )
     size_rule(scorer.size_thresholds)
 
 
 def _rows(scorer: CocoScorer, image_id: int) -> Iterator[dict]:
-    columns = (scorer.results[image_id][name].tolist() for name in ("scores", "labels", "boxes"))
+    columns = (
+        scorer.results[image_id][name].tolist() for name in ("scores", "labels", "boxes")
+    )
     for score, label, (x0, y0, x1, y1) in zip(*columns):
         bbox = [x0, y0, x1 - x0, y1 - y0]
         yield {"image_id": image_id, "category_id": label, "bbox": bbox, "score": score}
 
-# %% ../nbs/09_evaluation.ipynb #eb5e1e1d
+# %% ../nbs/09_evaluation.ipynb #0c9a055c
 def _comparable(scorer: CocoScorer, image_ids: list[int]) -> tuple[COCO, COCO]:
     """True and found boxes as pycocotools wants them: copies, complete, numbered from 1."""
     images = [scorer.coco_gt.imgs[image_id] for image_id in image_ids]
@@ -293,7 +324,9 @@ def _comparable(scorer: CocoScorer, image_ids: list[int]) -> tuple[COCO, COCO]:
     results = [row for row in scorer.rows() if row["image_id"] in unit]
     return tuple(
         _silent_coco(
-            images, [_complete(row, i, unit) for i, row in enumerate(rows, 1)], scorer.category_ids
+            images,
+            [_complete(row, i, unit) for i, row in enumerate(rows, 1)],
+            scorer.category_ids,
         )
         for rows in (truth, results)
     )
@@ -320,9 +353,11 @@ def _mean(values: np.ndarray) -> float | None:
     measured = values[values > -1]
     return float(measured.mean()) if measured.size else None
 
-# %% ../nbs/09_evaluation.ipynb #6b10176e
+# %% ../nbs/09_evaluation.ipynb #e661af04
 def _twelve_numbers(evaluation: COCOeval) -> dict[str, float | None]:
-    precision = evaluation.eval["precision"]  # [thresholds, recalls, classes, sizes, limits]
+    precision = evaluation.eval[
+        "precision"
+    ]  # [thresholds, recalls, classes, sizes, limits]
     recall = evaluation.eval["recall"]  # [thresholds, classes, sizes, limits]
     slices = [precision[..., 0, -1], precision[0, ..., 0, -1], precision[5, ..., 0, -1]]
     slices += [precision[..., size, -1] for size in (1, 2, 3)]
@@ -333,16 +368,23 @@ def _twelve_numbers(evaluation: COCOeval) -> dict[str, float | None]:
 
 
 def _summary(scorer: CocoScorer, evaluation: COCOeval) -> Scores:
-    truth, precision = evaluation.cocoGt, evaluation.eval["precision"][..., 0, -1]
+    truth, precision = evaluation.cocoGt, evaluation.eval["precision"][..., -1]
     labels = [a["category_id"] for a in truth.anns.values() if not a["iscrowd"]]
     by_class = []
     for k, category_id in enumerate(scorer.category_ids):
         name = str(scorer.coco_gt.cats[category_id].get("name", category_id))
-        ap, ap50 = _mean(precision[:, :, k]), _mean(precision[0, :, k])
-        by_class.append(ClassScore(category_id, name, labels.count(category_id), ap, ap50))
-    counts = {"pictures": len(truth.imgs), "boxes": len(labels), "max_dets": scorer.max_dets}
-    numbers = _twelve_numbers(evaluation)
-    return Scores(**numbers, by_class=by_class, **counts, size_thresholds=scorer.size_thresholds)
+        ap, *by_size = [_mean(precision[:, :, k, size]) for size in range(4)]
+        ap50 = _mean(precision[0, :, k, 0])
+        boxes = labels.count(category_id)
+        by_class.append(ClassScore(category_id, name, boxes, ap, ap50, *by_size))
+    counts = {"pictures": len(truth.imgs), "boxes": len(labels)}
+    settings = ("max_dets", "size_thresholds", "batch_size")
+    return Scores(
+        **_twelve_numbers(evaluation),
+        by_class=by_class,
+        **counts,
+        **{name: getattr(scorer, name) for name in settings},
+    )
 
 # %% ../nbs/09_evaluation.ipynb #786061f7
 @contextlib.contextmanager
@@ -356,7 +398,7 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
         for module, training in modes.items():
             module.training = training
 
-# %% ../nbs/09_evaluation.ipynb #66723f7e
+# %% ../nbs/09_evaluation.ipynb #afd4404a
 def predict_batches(
     model: nn.Module,
     data_loader: Iterable,
@@ -379,18 +421,46 @@ def predict_batches(
     postprocess = PostProcess()
     quiet = {} if progress else {"disable": True}
     with eval_mode(model):
-        for samples, targets in tqdm(data_loader, "evaluate", unit="batch", leave=False, **quiet):
+        for samples, targets in tqdm(
+            data_loader, "evaluate", unit="batch", leave=False, **quiet
+        ):
             with torch.inference_mode():
                 outputs = model(samples.to(device))
                 # Boxes are relative to a picture without its padding: scale them by its own size.
-                sizes = torch.stack([torch.as_tensor(target["orig_size"]) for target in targets])
+                sizes = torch.stack(
+                    [torch.as_tensor(target["orig_size"]) for target in targets]
+                )
                 results = postprocess(outputs, sizes.to(device))
             yield {
-                int(target["image_id"]): {name: value.cpu() for name, value in result.items()}
+                int(target["image_id"]): {
+                    name: value.cpu() for name, value in result.items()
+                }
                 for target, result in zip(targets, results)
             }
 
-# %% ../nbs/09_evaluation.ipynb #0c71f7fc
+# %% ../nbs/09_evaluation.ipynb #521e4fbd
+def collect(
+    model: nn.Module,
+    data_loader: Iterable,
+    coco_gt: COCO,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    category_ids: Iterable[int] | None = None,
+    max_dets: int = 100,
+    size_thresholds: tuple[float, float] | None = None,
+) -> CocoScorer:
+    """Runs a detector over a loader and returns the scorer with its results, those of all ranks.
+
+    Arguments and errors are those of `evaluate`, which needs nothing else of the scorer than its
+    summary; curves and confusion need the scorer itself.
+    """
+    scorer = CocoScorer(coco_gt, category_ids, max_dets, size_thresholds)
+    for predictions in predict_batches(model, data_loader, device, progress):
+        scorer.update(predictions)
+        scorer.batch_size = max(scorer.batch_size or 0, len(predictions))
+    return scorer.merge()
+
+# %% ../nbs/09_evaluation.ipynb #e4b4ccef
 def evaluate(
     model: nn.Module,
     data_loader: Iterable,
@@ -416,17 +486,11 @@ def evaluate(
     Raises:
         ValueError: naming the picture, if an answer is not finite or its id is not in `coco_gt`.
     """
-    scorer = CocoScorer(coco_gt, category_ids, max_dets, size_thresholds)
-    batch_size = 0
-    for predictions in predict_batches(model, data_loader, device, progress):
-        scorer.update(predictions)
-        batch_size = max(batch_size, len(predictions))
-    scorer.merge()
-    scores = scorer.summarize(scorer.results)
-    scores.batch_size = batch_size
-    return scores
+    limits = (category_ids, max_dets, size_thresholds)
+    scorer = collect(model, data_loader, coco_gt, device, progress, *limits)
+    return scorer.summarize(scorer.results)
 
-# %% ../nbs/09_evaluation.ipynb #6c403f7d
+# %% ../nbs/09_evaluation.ipynb #76c47c26
 def precision_recall_curves(
     scorer: CocoScorer, iou_threshold: float = 0.5, image_ids: Iterable[int] | None = None
 ) -> dict[int, tuple[Float[np.ndarray, "101"], Float[np.ndarray, "101"]]]:
@@ -446,12 +510,16 @@ def precision_recall_curves(
     evaluation = scorer.score(image_ids)
     at = np.flatnonzero(np.isclose(evaluation.params.iouThrs, iou_threshold))
     if len(at) == 0:
-        raise ValueError(f"{iou_threshold} is not one of COCO's thresholds 0.5, 0.55, …, 0.95.")
+        raise ValueError(
+            f"{iou_threshold} is not one of COCO's thresholds 0.5, 0.55, …, 0.95."
+        )
     precision = evaluation.eval["precision"][at[0], :, :, 0, -1]
     curves = zip(scorer.category_ids, precision.T)
-    return {i: (evaluation.params.recThrs, curve) for i, curve in curves if (curve > -1).all()}
+    return {
+        i: (evaluation.params.recThrs, curve) for i, curve in curves if (curve > -1).all()
+    }
 
-# %% ../nbs/09_evaluation.ipynb #e1fc8d3c
+# %% ../nbs/09_evaluation.ipynb #e8a63e0e
 def confusion_matrix(
     scorer: CocoScorer,
     score_threshold: float = 0.5,
@@ -476,7 +544,9 @@ def confusion_matrix(
     """
     image_ids = sorted(scorer.coco_gt.imgs if image_ids is None else set(image_ids))
     truth, results = _comparable(scorer, image_ids)
-    index = {category_id: k for k, category_id in enumerate(scorer.category_ids)} | {None: -1}
+    index = {category_id: k for k, category_id in enumerate(scorer.category_ids)} | {
+        None: -1
+    }
     counts = np.zeros((len(index), len(index)), dtype=np.int64)
     for image_id in image_ids:
         found = [d for d in results.imgToAnns[image_id] if d["category_id"] in index]
@@ -507,3 +577,93 @@ def _pairs(
             yield None, detection["category_id"]
     for box in np.flatnonzero(free):
         yield boxes[box]["category_id"], None
+
+# %% ../nbs/09_evaluation.ipynb #d4e85248
+def draw_curves(
+    scorer: CocoScorer, image_ids: Iterable[int] | None = None, most: int = 4
+) -> Figure | None:
+    """Draws precision against recall at an IoU of 0.5: the mean, and the classes lowest in AP50.
+
+    Args:
+        scorer: holds the results.
+        image_ids: the pictures to look at; all if None.
+        most: how many classes to show beside the mean.
+
+    Returns:
+        The figure, or None if there is no true box.
+    """
+    curves = precision_recall_curves(scorer, image_ids=image_ids)
+    if not curves:
+        return None
+    names = {i: str(scorer.coco_gt.cats[i].get("name", i)) for i in curves}
+    recall = next(iter(curves.values()))[0]
+    worst = sorted(curves, key=lambda i: curves[i][1].mean())[:most]
+    mean = np.mean([precision for _, precision in curves.values()], axis=0)
+    shown = {f"mean of {len(curves)}": (recall, mean)} | {
+        names[i]: curves[i] for i in worst
+    }
+    return figures.curves(shown, "recall", "precision at IoU 0.5", height=3.0)
+
+# %% ../nbs/09_evaluation.ipynb #1b6d1817
+def draw_confusion(
+    scorer: CocoScorer,
+    image_ids: Iterable[int] | None = None,
+    score_threshold: float = 0.5,
+    most: int = 10,
+) -> Figure:
+    """Draws the confusion matrix, of the most confused classes if there are more than `most`.
+
+    Args:
+        scorer, image_ids, score_threshold: as for `confusion_matrix`.
+        most: how many classes fit.
+    """
+    counts = torch.from_numpy(
+        confusion_matrix(scorer, score_threshold, image_ids=image_ids)
+    )
+    wrong = counts - counts.diag().diag()
+    mistakes = (wrong.sum(0) + wrong.sum(1))[:-1]
+    kept = mistakes.argsort(descending=True, stable=True)[:most].sort().values.tolist()
+    ids = [scorer.category_ids[k] for k in kept]
+    names = [str(scorer.coco_gt.cats[i].get("name", i)) for i in ids]
+    counts = counts[[*kept, -1]][:, [*kept, -1]]
+    return figures.matrix(
+        counts,
+        [*names, "nothing"],
+        [*names, "missed"],
+        digits=0,
+        xlabel="detected",
+        ylabel="true",
+    )
+
+# %% ../nbs/09_evaluation.ipynb #a9efe201
+def save_evaluation(
+    scorer: CocoScorer, folder: str | Path, image_ids: Iterable[int] | None = None
+) -> Scores:
+    """Writes scores.json, precision_recall.png and confusion.png into a new folder.
+
+    Args:
+        scorer: holds the results.
+        folder: is made; it may exist if it is empty.
+        image_ids: the pictures to score; all if None.
+
+    Returns:
+        The scores.
+
+    Raises:
+        FileExistsError: if the folder holds something.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already: name a new folder for the scores")
+    ids = None if image_ids is None else list(image_ids)
+    scores = scorer.summarize(ids)
+    drawn = {
+        "precision_recall": draw_curves(scorer, ids),
+        "confusion": draw_confusion(scorer, ids),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in drawn.items():
+        if figure is not None:
+            figure.savefig(folder / f"{name}.png", dpi=200, facecolor="white")
+    scores.to_json(folder / "scores.json")
+    return scores

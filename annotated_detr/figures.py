@@ -2,12 +2,12 @@
 
 # %% auto #0
 __all__ = ['Number', 'Picture', 'INK', 'PALETTE', 'ACCENT', 'QUIET', 'SIGHT', 'WIDTH', 'PIXELS_PER_POINT', 'STYLE', 'styled',
-           'SUBSCRIPTS', 'STACKED', 'COLORS', 'Named', 'MEAN', 'STD', 'MAP', 'Numbers', 'PARTS', 'ROWS', 'LEVELS',
-           'BUS', 'Mark', 'EMBLEMS', 'linear', 'luminance', 'contrast', 'seen', 'subplots', 'Numbering', 'chapter',
-           'Shown', 'show', 'letters_of', 'Solid', 'Layer', 'flow', 'pixels', 'picture', 'boxes', 'draw_boxes',
-           'layers', 'batch', 'maps', 'overlay', 'matrix', 'ledger', 'curves', 'bars', 'histogram', 'detr_map']
+           'SUBSCRIPTS', 'STACKED', 'COLORS', 'Named', 'MAP', 'Numbers', 'PARTS', 'ROWS', 'LEVELS', 'BUS', 'Mark',
+           'EMBLEMS', 'linear', 'luminance', 'contrast', 'seen', 'subplots', 'Numbering', 'chapter', 'Shown', 'show',
+           'letters_of', 'Solid', 'Layer', 'flow', 'pixels', 'picture', 'boxes', 'draw_boxes', 'layers', 'batch',
+           'maps', 'overlay', 'matrix', 'ledger', 'curves', 'bars', 'histogram', 'detr_map']
 
-# %% ../nbs/figures.ipynb #fcd04df2
+# %% ../nbs/figures.ipynb #43b4a0ca
 """Figures of the book, drawn from real tensors: a number that a figure prints was read from one."""
 
 import base64
@@ -35,6 +35,9 @@ from matplotlib.patheffects import Normal, Stroke
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.ops import box_convert
+
+from .scenes import IMAGENET_MEAN, IMAGENET_STD
+
 #: An int is a float to a reader, but not to a run-time type checker.
 Number = int | float
 #: Whatever a picture comes as; `pixels` reads it.
@@ -586,12 +589,7 @@ def _draw_solid(ax: Axes, x: Number, y: Number, item: Solid) -> None:
             row = np.stack([corner, corner + right]) + (0, level)
             ax.plot(*row.T, "-", color=_tint(color, 0.55), lw=0.7)
 
-# %% ../nbs/figures.ipynb #af932bbf
-#: ImageNet's mean and standard deviation, by which every picture of the book is normalised.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-
-
+# %% ../nbs/figures.ipynb #723a8569
 def pixels(image: Picture) -> np.ndarray:
     """Return a picture as uint8 [h, w, 3], whatever form it comes in.
 
@@ -611,7 +609,7 @@ def pixels(image: Picture) -> np.ndarray:
         and len(shape) == 3
         and shape[0] == 3
     ):
-        mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+        mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         plain = (image.detach().float().cpu() * std + mean).clamp(0, 1)
         return (plain * 255).round().byte().permute(1, 2, 0).numpy()
     array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from annotated_detr import cli, scenes
+from annotated_detr import cli, datasets, scenes
 
 TINY = ["tiny", "--epochs", "2", "--batch-size", "8", "--warmup-steps", "2", "--size", "64", "--save-every", "1", "--log-every", "1", "--device", "cpu"]
 
@@ -41,7 +42,7 @@ def sentence(capsys, *arguments: str) -> str:
     return message
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["resume"], ["eval"], ["predict"], ["check"], ["scenes"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["resume"], ["eval"], ["predict"], ["check"], ["scenes"], ["download"], ["convert-voc"]])
 def test_help_ends_well(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])
@@ -62,6 +63,10 @@ def test_a_run_scores_predicts_and_draws(run, photos, tmp_path, capsys):
     assert "AP50" in capsys.readouterr().out
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert 0 <= scores["AP"] <= scores["AP50"] <= 1
+    cli.main(["eval", str(run), "--images", str(images), "--annotations", str(annotations), "--out", str(tmp_path / "scored")])
+    assert {path.name for path in (tmp_path / "scored").iterdir()} >= {"scores.json", "confusion.png"}
+    assert json.loads((tmp_path / "scored" / "scores.json").read_text()) == scores
+    capsys.readouterr()
 
     cli.main(["predict", str(run), str(images), "--out", str(tmp_path / "found"), "--threshold", "0"])
     assert "16 pictures done" in capsys.readouterr().out
@@ -124,6 +129,61 @@ def test_scenes_are_written_in_cocos_format(tmp_path, capsys):
     cli.main(["scenes", str(tmp_path / "drawn"), "--split", "val", "--count", "3"])
     assert "3 scenes" in capsys.readouterr().out
     assert len(COCO(tmp_path / "drawn" / "val-3.json").getImgIds()) == 3
+
+
+@pytest.fixture
+def small_source(tmp_path, monkeypatch):
+    """A data set of two files, whose archive nobody serves."""
+    with zipfile.ZipFile(tmp_path / "small.zip", "w") as box:
+        box.writestr("small/1.txt", "one")
+        box.writestr("small/2.txt", "two")
+    archive = datasets.Archive("small.zip", "http://127.0.0.1:9/small.zip", "small", 2, 1000)
+    source = datasets.Source("Two files", "https://example.org", "none", (archive,), {"train": ("small", "small/1.txt")})
+    monkeypatch.setitem(datasets.SOURCES, "bccd", source)
+    return tmp_path / "small.zip"
+
+
+def test_download_says_what_it_wants_and_takes_what_was_carried_there(small_source, tmp_path, capsys):
+    folder = tmp_path / "data"
+    message = sentence(capsys, "download", "bccd", str(folder))
+    assert "127.0.0.1:9 cannot be reached" in message and f"put it into {folder} as small.zip" in message and "\n" not in message
+    (folder / "small.zip").write_bytes(small_source.read_bytes())
+    cli.main(["download", "bccd", str(folder)])
+    said = capsys.readouterr().out
+    assert "http://127.0.0.1:9/small.zip" in said and f"train: pictures in {folder / 'small'}" in said
+    cli.main(["download", "bccd", str(folder), "--thorough"])
+    (folder / "small" / "1.txt").write_text("owt")
+    assert "1.txt" in sentence(capsys, "download", "bccd", str(folder), "--thorough")
+
+
+def test_download_stopped_by_ctrl_c_says_how_to_go_on(small_source, tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(datasets, "fetch", stop)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["download", "bccd", str(tmp_path / "data")])
+    assert ended.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+
+
+def test_a_pascal_voc_folder_is_converted_and_can_be_checked(photos, tmp_path, capsys):
+    folder = tmp_path / "voc"
+    for name in ("Annotations", "JPEGImages"):
+        (folder / name).mkdir(parents=True)
+    picture = next(photos[0].iterdir())
+    (folder / "JPEGImages" / "a.png").write_bytes(picture.read_bytes())
+    box = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>30</xmax><ymax>40</ymax></bndbox>"
+    thing = f"<object><name>cup</name><difficult>1</difficult>{box}</object><object><name>cup</name>{box}</object>"
+    xml = f"<annotation><size><width>128</width><height>128</height></size>{thing}</annotation>"
+    (folder / "Annotations" / "a.xml").write_text(xml)
+    cli.main(["convert-voc", str(folder), str(tmp_path / "out"), "--classes", "saucer", "cup", "--difficult", "drop", "--no-inclusive"])
+    assert "all: 1 pictures, 1 boxes in all.json" in capsys.readouterr().out
+    content = json.loads((tmp_path / "out" / "all.json").read_text())
+    assert [(a["category_id"], a["bbox"]) for a in content["annotations"]] == [(2, [1, 2, 29, 38])]
+    cli.main(["check", str(folder / "JPEGImages"), str(tmp_path / "out" / "all.json")])
+    assert "exists already" in sentence(capsys, "convert-voc", str(folder), str(tmp_path / "out"))
+    assert "'cup'" in sentence(capsys, "convert-voc", str(folder), str(tmp_path / "other"), "--classes", "saucer")
+    assert "no such folder" in sentence(capsys, "convert-voc", str(tmp_path / "nowhere"), str(tmp_path / "other"))
 
 
 @pytest.fixture

@@ -70,7 +70,8 @@ class Server:
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # between two tries
     server = Server()
     yield server
     server.http.shutdown()
@@ -90,7 +91,7 @@ def test_a_file_is_fetched_whole(server, tmp_path, capfd):
 @pytest.mark.parametrize("size", [None, len(BYTES)])
 def test_a_server_that_hangs_up_is_asked_for_the_rest(server, tmp_path, size):
     server.files["/a"], server.patience = BYTES, 60_000
-    fetch(f"{server.url}/a", tmp_path / "a", size, progress=False, pause=0)
+    fetch(f"{server.url}/a", tmp_path / "a", size, progress=False)
     assert (tmp_path / "a").read_bytes() == BYTES
     assert server.asked == [None, "bytes=60000-", "bytes=120000-", "bytes=180000-"]
 
@@ -133,7 +134,7 @@ def test_a_server_in_trouble_is_asked_again_once_something_has_come(server, tmp_
     url = f"{server.url}/a"
     with pytest.raises(ConnectionError, match="503"):
         server.failures = [503]
-        fetch(url, tmp_path / "a", progress=False, pause=0)
+        fetch(url, tmp_path / "a", progress=False)
     part = tmp_path / "a.part"
     with pytest.MonkeyPatch.context() as patch:  # the server fails between the first bytes and the rest
         real = datasets._fetch_rest
@@ -145,14 +146,14 @@ def test_a_server_in_trouble_is_asked_again_once_something_has_come(server, tmp_
             return done
 
         patch.setattr(datasets, "_fetch_rest", fail_later)
-        fetch(url, tmp_path / "a", progress=False, pause=0)
+        fetch(url, tmp_path / "a", progress=False)
     assert (tmp_path / "a").read_bytes() == BYTES and not part.exists() and len(server.asked) == 6
 
 
 def test_a_server_that_brings_nothing_new_is_given_up_and_what_came_is_kept(server, tmp_path, monkeypatch):
     server.files["/a"], server.patience = BYTES, 0
     with pytest.raises(ConnectionError, match="127.0.0.1.* cannot be reached .it hung up."):
-        fetch(f"{server.url}/a", tmp_path / "a", progress=False, pause=0)
+        fetch(f"{server.url}/a", tmp_path / "a", progress=False)
     assert len(server.asked) == 1
     server.patience = 1000
     real = datasets._fetch_rest
@@ -164,7 +165,7 @@ def test_a_server_that_brings_nothing_new_is_given_up_and_what_came_is_kept(serv
 
     monkeypatch.setattr(datasets, "_fetch_rest", stop_sending)
     with pytest.raises(ConnectionError):
-        fetch(f"{server.url}/a", tmp_path / "a", progress=False, pause=0)
+        fetch(f"{server.url}/a", tmp_path / "a", progress=False)
     assert len(server.asked) == 1 + 5 and (tmp_path / "a.part").read_bytes() == BYTES[:1000]
 
 
@@ -270,9 +271,9 @@ def test_ctrl_c_at_any_moment_is_taken_up_by_the_next_call(coco, server, tmp_pat
 
 
 def test_a_kill_is_taken_up_by_the_next_call(server, tmp_path, monkeypatch):
-    files = {f"train/{i:04d}.bin": bytes([i % 251]) * 4000 for i in range(3000)}
+    files = {f"train/{i:04d}.bin": bytes([i % 251]) * 4000 for i in range(1500)}
     server.files["/train.zip"] = packed = zipped(tmp_path / "made.zip", files)
-    arguments = ("train.zip", f"{server.url}/train.zip", "train", 3000, 20_000_000, len(packed), hashlib.sha256(packed).hexdigest())
+    arguments = ("train.zip", f"{server.url}/train.zip", "train", 1500, 20_000_000, len(packed), hashlib.sha256(packed).hexdigest())
     code = (
         "from annotated_detr import datasets as d; import sys\n"
         f"d.SOURCES['coco'] = d.Source('t', 'h', 'l', (d.Archive(*{arguments!r}),), {{}})\n"
@@ -280,12 +281,12 @@ def test_a_kill_is_taken_up_by_the_next_call(server, tmp_path, monkeypatch):
     )
     killed = subprocess.Popen([sys.executable, "-c", code])
     draft, deadline = tmp_path / "data" / ".train.unpacking", time.monotonic() + 60
-    while not draft.is_dir() or len(os.listdir(draft)) < 100:
+    while not draft.is_dir() or len(os.listdir(draft)) < 50:
         assert killed.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
+        os.sched_yield()
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert not (tmp_path / "data" / "train").exists() and len(os.listdir(draft)) < 3000
+    assert not (tmp_path / "data" / "train").exists() and len(os.listdir(draft)) < 1500
     subprocess.run([sys.executable, "-c", code], check=True)
     assert unpacked(tmp_path / "data") == files
 
@@ -565,7 +566,7 @@ def test_a_small_bomb_stays_small(tmp_path):
         assert time.monotonic() - began < 1
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(cut=st.integers(0, 400), place=st.integers(0, 400), scribble=st.binary(max_size=6))
 def test_every_damaged_annotation_ends_in_a_report(tmp_path_factory, cut, place, scribble):
     folder = tmp_path_factory.getbasetemp() / "damaged"

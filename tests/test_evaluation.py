@@ -13,6 +13,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
@@ -23,8 +24,11 @@ from annotated_detr.evaluation import (
     CocoScorer,
     average_precision,
     confusion_matrix,
+    draw_confusion,
+    draw_curves,
     evaluate,
     precision_recall_curves,
+    save_evaluation,
 )
 from annotated_detr.nested_tensor import nested_tensor_from_tensor_list
 
@@ -131,7 +135,8 @@ def test_the_table_by_class_is_each_class_scored_alone():
     everything = scored(dataset, predictions)
     for entry in everything.by_class:
         alone = scored(dataset, predictions, category_ids=[entry.id])
-        assert (entry.AP, entry.AP50) == (alone.AP, alone.AP50)
+        for number in ("AP", "AP50", "AP_small", "AP_medium", "AP_large"):
+            assert getattr(entry, number) == alone[number]
         assert entry.boxes == sum(a["category_id"] == entry.id and not a["iscrowd"] for a in dataset["annotations"])
     assert everything.AP == pytest.approx(np.mean([entry.AP for entry in everything.by_class]))
 
@@ -296,6 +301,9 @@ def test_scores_as_json_and_text(tmp_path):
     assert read["AP"] == scores.AP and read["by_class"][0]["name"] == "kind 1" and read["size_thresholds"] == list(COCO_SIZES)
     text = str(scores)
     assert f"{scores.AP50:.3f}" in text and "kind 7" in text and "12 pictures" in text
+    assert "small up to 1024 and medium up to 9216 square pixels" in text, "sizes mean nothing without their rule"
+    row = next(line for line in text.splitlines() if line.startswith("kind 7")).split()
+    assert row[-1] == f"{scores.by_class[2].AP_large:.3f}"
 
 
 @settings(deadline=None, max_examples=50)
@@ -362,6 +370,42 @@ def test_confusion_matrix_by_hand():
     scorer.update({1: prediction})
     assert confusion_matrix(scorer).tolist() == [[1, 0, 0], [1, 0, 1], [1, 1, 0]]
     assert confusion_matrix(CocoScorer(coco_of(dataset))).tolist() == [[0, 0, 1], [0, 0, 2], [0, 0, 0]]
+
+
+def test_an_evaluation_is_saved_with_its_pictures(tmp_path):
+    dataset = random_truth(14)
+    scorer = CocoScorer(coco_of(dataset))
+    scorer.update(guesses(dataset, 14))
+    scores = save_evaluation(scorer, tmp_path / "new" / "folder")
+    folder = tmp_path / "new" / "folder"
+    assert json.loads((folder / "scores.json").read_text()) == json.loads(scores.to_json())
+    for name in ("precision_recall.png", "confusion.png"):
+        with Image.open(folder / name) as picture:
+            assert picture.width > 500 and len(picture.getcolors(10**6)) > 10
+    with pytest.raises(FileExistsError, match="name a new folder"):
+        save_evaluation(scorer, folder)
+
+
+def test_pictures_of_many_classes_show_those_that_need_looking_at(tmp_path):
+    classes = tuple(range(1, 31))
+    dataset = random_truth(15, pictures=40, classes=classes)
+    predictions = perfect(dataset)
+    for result in predictions.values():
+        result["labels"][result["labels"] == 17] = 23
+    scorer = CocoScorer(coco_of(dataset))
+    scorer.update(predictions)
+    confusion, curves = draw_confusion(scorer), draw_curves(scorer)
+    rows = [label.get_text() for label in confusion.axes[0].get_yticklabels()]
+    assert len(rows) == 11 and {"kind 17", "kind 23"} <= set(rows) and rows[-1] == "nothing"
+    names = [text.get_text() for text in curves.axes[0].get_legend().get_texts()]
+    assert len(names) == 5 and names[0].startswith("mean of") and names[1] == "kind 17"
+
+
+def test_nothing_to_draw_is_no_error(tmp_path):
+    dataset = random_truth(16)
+    dataset["annotations"] = []
+    scores = save_evaluation(CocoScorer(coco_of(dataset)), tmp_path / "empty")
+    assert scores.AP is None and sorted(path.name for path in (tmp_path / "empty").iterdir()) == ["confusion.png", "scores.json"]
 
 
 class Oracle(nn.Module):
@@ -446,6 +490,9 @@ def _share(rank: int, port: int, dataset: dict, predictions: dict, path: str) ->
     # Split as a distributed sampler does, one picture seen by both.
     scorer.update({i: predictions[i] for i in ids[rank::2] + ids[:1]})
     scorer.merge().summarize().to_json(f"{path}/{rank}.json")
+    # And a model on a share of the batches: 5 and 2 pictures here, 5 there.
+    model, batches = oracle_and_loader(dataset, batch_size=5)
+    evaluate(model, batches[rank::2], coco_of(dataset), progress=False).to_json(f"{path}/model-{rank}.json")
     torch.distributed.destroy_process_group()
 
 
@@ -458,3 +505,7 @@ def test_two_processes_gather_to_the_same_answer(tmp_path):
     multiprocessing.spawn(_share, (port, dataset, predictions, str(tmp_path)), nprocs=2)
     alone = scored(dataset, predictions).to_json()
     assert [(tmp_path / f"{rank}.json").read_text().strip() for rank in (0, 1)] == [alone, alone]
+    model, batches = oracle_and_loader(dataset, batch_size=5)
+    alone = evaluate(model, batches, coco_of(dataset), progress=False).to_json()
+    assert json.loads(alone)["batch_size"] == 5
+    assert [(tmp_path / f"model-{rank}.json").read_text().strip() for rank in (0, 1)] == [alone, alone]

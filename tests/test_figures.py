@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from annotated_detr import figures
+from annotated_detr import figures, scenes
 
 H0, W0 = 76, 91
 
@@ -42,7 +42,7 @@ def photograph():
 def normalised(picture):
     """The picture as the model sees it."""
     plain = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
-    return (plain - torch.tensor(figures.MEAN)[:, None, None]) / torch.tensor(figures.STD)[:, None, None]
+    return (plain - torch.tensor(scenes.IMAGENET_MEAN)[:, None, None]) / torch.tensor(scenes.IMAGENET_STD)[:, None, None]
 
 
 def padded_batch():
