@@ -2,20 +2,23 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'RECIPES', 'DataConfig', 'TrainConfig', 'mix_seeds', 'TrainingOrder', 'AugmentedPictures', 'open_datasets',
-           'ModelSpec', 'write_atomically', 'save_model', 'load_model', 'cell_centres', 'dense_targets', 'DenseHead',
-           'parameter_groups', 'rate_factor', 'build_model', 'pick_device', 'Learner', 'set_rates', 'train_step',
-           'RunFolder', 'save_checkpoint', 'restore_checkpoint', 'Trainer', 'batches', 'score', 'fit', 'plan', 'start',
-           'resume']
+           'ModelSpec', 'save_model', 'load_model', 'cell_centres', 'dense_targets', 'DenseHead', 'Lesson',
+           'parameter_groups', 'rate_factor', 'build_model', 'pick_device', 'process_number', 'processes', 'Learner',
+           'batch_losses', 'set_rates', 'first_non_finite', 'train_step', 'RunFolder', 'save_checkpoint', 'read_state',
+           'restore_checkpoint', 'vital_signs', 'Trainer', 'batches', 'score', 'to_device', 'keep_batch',
+           'is_time_to_score', 'fit', 'plan', 'start', 'resume']
 
-# %% ../nbs/10_training.ipynb #456f7750
+# %% ../nbs/10_training.ipynb #b18023fb
+import contextlib
 import io
 import json
 import math
 import os
 import pickle
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +27,8 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.ops import box_convert, generalized_box_iou_loss
 from tqdm import tqdm
@@ -35,8 +39,17 @@ from .backbone import has_random_frozen_layers
 from .data import CocoDetection, check_dataset, make_coco_transforms
 from .detr import DETR, PRESETS
 from .evaluation import Scores, evaluate
-from .loss import build_criterion
+from annotated_detr.loss import (
+    Normalizer,
+    SetCriterion,
+    build_criterion,
+    flatten_matches,
+    foreground_accuracy,
+    no_object_share,
+    step_normalizer,
+)
 from .nested_tensor import NestedTensor, collate_fn
+from .scenes import write_atomically
 
 # %% ../nbs/10_training.ipynb #484986be
 @dataclass(frozen=True)
@@ -73,7 +86,7 @@ class DataConfig:
     vertical_flip: bool = False
     num_workers: int = 0
 
-# %% ../nbs/10_training.ipynb #8bf78777
+# %% ../nbs/10_training.ipynb #194fedf2
 @dataclass(frozen=True)
 class TrainConfig(DataConfig):
     """Everything that decides a training run. The defaults are the recipe for `tiny`;
@@ -85,7 +98,10 @@ class TrainConfig(DataConfig):
         backbone_weights: Where the backbone of a paper model starts: a torchvision name
             such as IMAGENET1K_V1, or a file.
         epochs: Passes over the training pictures.
-        batch_size: Pictures in a step.
+        batch_size: Pictures in a step, those of all processes together.
+        accumulate: Parts into which each process cuts its pictures of a step, one after the
+            other, when they do not fit into memory at once.
+        precision: "bfloat16" computes the model in bfloat16, costs and losses in float32.
         lr: Learning rate of everything but the backbone.
         lr_backbone: Learning rate of the backbone.
         weight_decay: Weight decay of AdamW, on every parameter.
@@ -94,8 +110,10 @@ class TrainConfig(DataConfig):
             "cosine" lowers it to zero.
         lr_drop: Epochs after which "step" drops the rate.
         ramp_steps: Steps over which the rate first rises from zero.
-        warmup_steps: Steps in which a dense head teaches a random backbone before DETR
-            starts; see `DenseHead`.
+        warmup_steps: Steps in which a dense head teaches a random backbone and encoder
+            before DETR starts; see `DenseHead`.
+        dense_weight: Weight of the dense head's loss beside DETR's from then on; falls to
+            zero along the run.
         no_object_weight: Weight of the no-object class in the classification loss.
         seed: Seed of weights, order, augmentation and dropout.
         eval_every: Epochs between two scorings.
@@ -109,6 +127,8 @@ class TrainConfig(DataConfig):
     backbone_weights: str | None = None
     epochs: int = 10
     batch_size: int = 16
+    accumulate: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
     lr: float = 1e-3
     lr_backbone: float = 1e-3
     weight_decay: float = 1e-4
@@ -117,6 +137,7 @@ class TrainConfig(DataConfig):
     lr_drop: int = 0
     ramp_steps: int = 200
     warmup_steps: int = 800
+    dense_weight: float = 1.0
     no_object_weight: float = 0.2
     seed: int = 0
     eval_every: int = 1
@@ -124,7 +145,7 @@ class TrainConfig(DataConfig):
     log_every: int = 20
     device: str = "auto"
 
-# %% ../nbs/10_training.ipynb #a9a9186d
+# %% ../nbs/10_training.ipynb #0e53a34d
 PAPER = TrainConfig(
     num_queries=100,
     backbone_weights="IMAGENET1K_V1",
@@ -139,6 +160,7 @@ PAPER = TrainConfig(
     lr_drop=400,
     ramp_steps=0,
     warmup_steps=0,
+    dense_weight=0.0,
     no_object_weight=0.1,
     num_workers=4,
 )
@@ -147,7 +169,7 @@ RECIPES = {
     for name in PRESETS
 }
 
-# %% ../nbs/10_training.ipynb #8efbe287
+# %% ../nbs/10_training.ipynb #eb73c26d
 def mix_seeds(*numbers: int) -> int:
     """One well-mixed seed in 0..2^63 from several small whole numbers."""
     mixed = 0
@@ -160,34 +182,43 @@ def mix_seeds(*numbers: int) -> int:
 class TrainingOrder(Sampler):
     """Every batch of a run from step `start` on, each a list of (epoch, index) pairs; an
     epoch is one permutation.
+
+    A step's batch can be cut into `shares`, for several processes or to accumulate
+    gradients; then only the shares in `mine` are given, one after the other.
     """
 
-    def __init__(self, count: int, batch_size: int, steps: int, seed: int, start: int = 0):
-        self.count, self.batch_size, self.steps, self.seed, self.start = (
-            count,
-            batch_size,
-            steps,
-            seed,
-            start,
-        )
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        start: int = 0,
+        shares: int = 1,
+        mine: Sequence[int] = (0,),
+    ):
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.steps, self.start, self.shares, self.mine = steps, start, shares, mine
 
     def __len__(self) -> int:
-        return self.steps - self.start
+        return (self.steps - self.start) * len(self.mine)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        shuffled = None
+        shuffled, order = None, []
         for step in range(self.start, self.steps):
             epoch, place = divmod(step, math.ceil(self.count / self.batch_size))
             if epoch != shuffled:
                 generator = torch.Generator().manual_seed(mix_seeds(self.seed, epoch))
-                order, shuffled = (
-                    torch.randperm(self.count, generator=generator).tolist(),
-                    epoch,
-                )
-            first = place * self.batch_size
-            yield [(epoch, index) for index in order[first : first + self.batch_size]]
+                order = torch.randperm(self.count, generator=generator).tolist()
+                shuffled = epoch
+            batch = order[place * self.batch_size :][: self.batch_size]
+            for (
+                share
+            ) in self.mine:  # at an epoch's end a share may have to repeat a picture
+                picked = batch[share % len(batch) :: self.shares]
+                yield [(epoch, index) for index in picked]
 
-# %% ../nbs/10_training.ipynb #4b942a26
+# %% ../nbs/10_training.ipynb #b546b7e7
 class AugmentedPictures(Dataset):
     """Training pictures indexed by (epoch, index): the same pair is augmented the same way,
     whoever loads it.
@@ -202,9 +233,12 @@ class AugmentedPictures(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict]:
         epoch, index = key
         image, target = self.pictures.load(index)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix_seeds(self.seed, epoch, index))
+        before = torch.get_rng_state()
+        torch.default_generator.manual_seed(mix_seeds(self.seed, epoch, index))
+        try:
             return self.transforms(image, target)
+        finally:
+            torch.set_rng_state(before)
 
 # %% ../nbs/10_training.ipynb #64c3e7fe
 def open_datasets(config: TrainConfig) -> tuple[CocoDetection, CocoDetection | None]:
@@ -270,19 +304,7 @@ class ModelSpec:
             num_classes=self.num_classes, num_queries=self.num_queries, **self.model_options
         )
 
-# %% ../nbs/10_training.ipynb #d6c3663b
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a kill or a full disk leaves either the old file or the whole
-    new one.
-    """
-    draft = path.with_name(f".{path.name}.part")
-    with open(draft, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-
-
+# %% ../nbs/10_training.ipynb #82ff70db
 def save_model(path: str | Path, model: nn.Module, spec: ModelSpec) -> None:
     """Writes weights and specification into one safetensors file."""
     weights = {
@@ -364,13 +386,11 @@ def dense_targets(
         boxes[picture][covered] = corners[smallest][covered]
     return labels, boxes
 
-# %% ../nbs/10_training.ipynb #4fc24fc3
+# %% ../nbs/10_training.ipynb #e9f1c145
 class DenseHead(nn.Module):
-    """A class and a box for every cell of the feature map: a teacher for a random backbone,
-    thrown away after use.
-    """
+    """A class and a box for every cell of a feature map: a teacher, thrown away after use."""
 
-    def __init__(self, num_channels: int, num_classes: int):
+    def __init__(self, num_channels: int, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.hidden = nn.Conv2d(num_channels, num_channels, 3, padding=1)
@@ -380,33 +400,67 @@ class DenseHead(nn.Module):
     def forward(
         self, features: Float[Tensor, "B C H W"]
     ) -> tuple[Float[Tensor, "B H W classes"], Float[Tensor, "B H W 4"]]:
-        """Logits, and the distances from a cell's centre to the left, top, right and bottom
-        of its box, in picture sizes.
-        """
+        """Logits, and boxes (cx, cy, w, h) in 0..1 of the picture."""
         hidden = self.hidden(features).relu()
-        return self.classify(hidden).permute(0, 2, 3, 1), F.softplus(
-            self.locate(hidden)
-        ).permute(0, 2, 3, 1)
+        logits, boxes = self.classify(hidden), self.locate(hidden).sigmoid()
+        return logits.permute(0, 2, 3, 1), boxes.permute(0, 2, 3, 1)
 
     def loss(
-        self, features: NestedTensor, targets: Sequence[dict[str, Any]]
+        self,
+        logits: Float[Tensor, "B H W classes"],
+        boxes: Float[Tensor, "B H W 4"],
+        mask: Bool[Tensor, "B H W"],
+        targets: Sequence[dict[str, Any]],
     ) -> Float[Tensor, ""]:
-        """Cross-entropy over every real cell, plus 1 - GIoU averaged over the cells that a
-        box covers.
+        """DETR's three losses, cell by cell: cross-entropy over every real cell; 5 · L1 and
+        2 · (1 - GIoU), halved, over the cells that a box covers.
         """
-        logits, distances = self(features.tensors)
-        centres = cell_centres(features.mask)
-        labels, boxes = dense_targets(centres, targets, self.num_classes)
-        real, covered = ~features.mask, (labels < self.num_classes) & ~features.mask
-        predicted = torch.cat(
-            [centres - distances[..., :2], centres + distances[..., 2:]], dim=-1
+        labels, corners = dense_targets(cell_centres(mask), targets, self.num_classes)
+        covered = (labels < self.num_classes) & ~mask
+        told, true = boxes[covered].float(), corners[covered]
+        distance = F.l1_loss(told, box_convert(true, "xyxy", "cxcywh"), reduction="sum")
+        told = box_convert(told, "cxcywh", "xyxy")
+        giou = generalized_box_iou_loss(told, true, reduction="sum")
+        box_loss = (2.5 * distance + giou) / covered.sum().clamp(min=1)
+        return F.cross_entropy(logits[~mask].float(), labels[~mask]) + box_loss
+
+# %% ../nbs/10_training.ipynb #537defea
+class Lesson(nn.Module):
+    """A DETR and a `DenseHead` that reads the memory of the DETR's encoder."""
+
+    def __init__(self, model: DETR, num_classes: int) -> None:
+        super().__init__()
+        self.model = model
+        self.dense_head = DenseHead(model.transformer.d_model, num_classes)
+
+    def forward(
+        self, samples: NestedTensor, warming_up: bool = False
+    ) -> tuple[dict[str, Any] | None, tuple[Tensor, Tensor, Tensor]]:
+        """The model's answers, which the warm-up leaves out, and what `DenseHead.loss` takes:
+        logits and boxes of every cell, and the mask.
+        """
+        answers, (memory, mask) = (self.warm_up if warming_up else self.answer)(samples)
+        return answers, (*self.dense_head(memory), mask)
+
+    def warm_up(self, samples: NestedTensor) -> tuple[None, tuple[Tensor, Tensor]]:
+        """Runs backbone and encoder alone; returns the memory as a map, and its mask."""
+        features, positions = self.model.backbone(samples)
+        src, mask = features[-1].decompose()
+        src, pos = self.model.input_proj(src), positions[-1].flatten(2).mT
+        memory = self.model.transformer.encoder(src.flatten(2).mT, mask.flatten(1), pos)
+        return None, (memory.mT.reshape(src.shape), mask)
+
+    def answer(self, samples: NestedTensor) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+        """Runs the whole model, and picks up the memory and its mask on their way."""
+        seen = []
+        hook = self.model.transformer.register_forward_hook(
+            lambda _, inputs, outputs: seen.append((outputs[1], inputs[1]))
         )
-        giou = generalized_box_iou_loss(
-            predicted[covered].float(), boxes[covered], reduction="sum"
-        )
-        return F.cross_entropy(
-            logits[real].float(), labels[real]
-        ) + giou / covered.sum().clamp(min=1)
+        try:
+            answers = self.model(samples)
+        finally:
+            hook.remove()
+        return answers, seen[0]
 
 # %% ../nbs/10_training.ipynb #17c45662
 def parameter_groups(
@@ -443,7 +497,7 @@ def rate_factor(step: int, steps: int, ramp: int, drop: int | None) -> float:
         return 1.0 if step < drop else 0.1
     return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
 
-# %% ../nbs/10_training.ipynb #261fd0d7
+# %% ../nbs/10_training.ipynb #6d4e11da
 def build_model(spec: ModelSpec, backbone_weights: str | None) -> DETR:
     """The model that training starts from.
 
@@ -465,19 +519,42 @@ def build_model(spec: ModelSpec, backbone_weights: str | None) -> DETR:
 
 def pick_device(device: str) -> torch.device:
     """The device of that name; "auto" is the GPU where there is one."""
-    if device != "auto":
+    if device not in ("auto", "cuda"):
         return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
+    if device == "cuda" or torch.cuda.is_available():
+        number = int(os.environ.get("LOCAL_RANK", 0))  # torchrun: one GPU for each process
+        torch.cuda.set_device(number)
+        return torch.device("cuda", number)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/10_training.ipynb #fc919e3c
+# %% ../nbs/10_training.ipynb #9875f09e
+def process_number() -> tuple[int, int]:
+    """The rank of this process and how many there are: (0, 1) unless torchrun started it."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+# %% ../nbs/10_training.ipynb #070cbe51
+@contextlib.contextmanager
+def processes(device: str = "auto") -> Iterator[None]:
+    """Joins the other processes inside the `with` block, if torchrun started this one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+# %% ../nbs/10_training.ipynb #3e53bd2f
 class Learner:
     """The part of a run that lives in memory: model, dense head, optimiser, and the step
     they are at.
     """
 
-    def __init__(self, config: TrainConfig, spec: ModelSpec, steps_per_epoch: int):
+    def __init__(self, config: TrainConfig, spec: ModelSpec, steps_per_epoch: int) -> None:
         self.config, self.steps_per_epoch = config, steps_per_epoch
         self.steps = config.warmup_steps + config.epochs * steps_per_epoch
         self.device = pick_device(config.device)
@@ -487,52 +564,61 @@ class Learner:
         self.model = build_model(spec, config.backbone_weights).to(
             self.device, memory_format=torch.channels_last
         )
-        self.dense_head = DenseHead(self.model.backbone.num_channels, spec.num_classes).to(
-            self.device
-        )
+        self.lesson = Lesson(self.model, spec.num_classes).to(self.device)
+        layers = len(self.model.transformer.decoder.layers)
         self.criterion = build_criterion(
-            spec.num_classes,
-            len(self.model.transformer.decoder.layers),
-            config.no_object_weight,
-        )
+            spec.num_classes, layers, config.no_object_weight
+        ).to(self.device)
         self.step = 0
         self.start_phase()
 
     @property
     def warming_up(self) -> bool:
-        """Whether the dense head teaches the backbone at the current step."""
+        """Whether the dense head teaches at the current step."""
         return self.step < self.config.warmup_steps
 
     def start_phase(self) -> None:
-        """A fresh optimiser: for backbone and dense head in the warm-up, for all of DETR
-        after it.
-        """
-        if self.warming_up:
-            groups = [
-                {
-                    "params": [
-                        *self.model.backbone.parameters(),
-                        *self.dense_head.parameters(),
-                    ],
-                    "lr": self.config.lr,
-                }
-            ]
-        else:
-            groups = parameter_groups(self.model, self.config.lr, self.config.lr_backbone)
+        """A fresh optimiser. In the warm-up the decoder gets no gradients and so stays."""
+        config, warming_up = self.config, self.warming_up
+        dense_head = self.lesson.dense_head
+        dense_head.requires_grad_(warming_up or config.dense_weight > 0)
+        backbone_rate = config.lr if warming_up else config.lr_backbone
+        groups = parameter_groups(self.model, config.lr, backbone_rate)
+        groups[0]["params"] += [p for p in dense_head.parameters() if p.requires_grad]
         self.rates = [group["lr"] for group in groups]
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(
-            groups, weight_decay=self.config.weight_decay, fused=True
+            groups, weight_decay=config.weight_decay, fused=True
         )
+        self.task: nn.Module = self.lesson  # the last phase's wrapper lets go of it
+        if process_number()[1] > 1:
+            self.task = DistributedDataParallel(
+                self.lesson, find_unused_parameters=warming_up
+            )
 
-    def losses(
-        self, samples: NestedTensor, targets: Sequence[dict[str, Any]]
-    ) -> dict[str, Tensor]:
-        """All losses of a batch, with their weighted sum as "loss"."""
-        if self.warming_up:
-            features, _ = self.model.backbone(samples)
-            return {"loss": self.dense_head.loss(features[-1], targets)}
-        losses = self.criterion(self.model(samples), targets)
-        return {"loss": self.criterion.total(losses), **losses}
+# %% ../nbs/10_training.ipynb #a81c7f1e
+def batch_losses(
+    learner: Learner,
+    samples: NestedTensor,
+    targets: Sequence[dict[str, Any]],
+    normalizer: Normalizer | None = None,
+) -> dict[str, Tensor]:
+    """All losses of a batch, with their weighted sum as "loss"; keeps the model's answers in
+    `learner.answers`.
+    """
+    config, dense_head = learner.config, learner.lesson.dense_head
+    half = config.precision == "bfloat16"
+    with torch.autocast(learner.device.type, torch.bfloat16, enabled=half):
+        learner.answers, dense = learner.task(samples, learner.warming_up)
+    if learner.warming_up:
+        return {"loss": dense_head.loss(*dense, targets) / config.accumulate}
+    losses = learner.criterion(learner.answers, targets, normalizer)
+    total = learner.criterion.total(losses)
+    if config.dense_weight > 0:
+        losses["loss_dense"] = dense_head.loss(*dense, targets) / config.accumulate
+        left = (learner.steps - learner.step) / (learner.steps - config.warmup_steps)
+        total = total + config.dense_weight * left * losses["loss_dense"]
+    return {"loss": total, **losses}
 
 # %% ../nbs/10_training.ipynb #0b532525
 def set_rates(learner: Learner) -> None:
@@ -545,71 +631,141 @@ def set_rates(learner: Learner) -> None:
     for group, rate in zip(learner.optimizer.param_groups, learner.rates):
         group["lr"] = rate * factor
 
-# %% ../nbs/10_training.ipynb #df21f736
+# %% ../nbs/10_training.ipynb #8ad86cd8
+@torch.no_grad()
+def first_non_finite(model: nn.Module, samples: NestedTensor) -> str | None:
+    """The name of the first module whose output is not finite, "input" if the pictures are
+    not; None if all is well.
+    """
+    if not samples.tensors.isfinite().all():
+        return "input"
+    sick: list[str] = []
+
+    def look(name: str, output: Any) -> None:
+        if isinstance(output, Tensor):
+            if output.is_floating_point() and not output.isfinite().all():
+                sick.append(name)
+        elif isinstance(output, (list, tuple)):
+            for part in output:
+                look(name, part)
+
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
+        for name, module in model.named_modules()
+        if name
+    ]
+    try:
+        with contextlib.suppress(ValueError):  # a check further on may stop the pass
+            model(samples)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sick[0] if sick else None
+
+# %% ../nbs/10_training.ipynb #fe2b5e5d
 def train_step(
-    learner: Learner, samples: NestedTensor, targets: Sequence[dict[str, Any]]
+    learner: Learner, *parts: tuple[NestedTensor, Sequence[dict[str, Any]]]
 ) -> dict[str, Any]:
-    """One step of the optimiser; returns what is worth logging.
+    """One step of the optimiser on one batch, whole or in parts; returns what is worth
+    logging.
+
+    Args:
+        learner: whose turn it is.
+        parts: (samples, targets) of the batch, or of each part of it.
 
     Raises:
-        FloatingPointError: if the loss is not finite; the message names the pictures.
+        FloatingPointError: if a loss is not finite; the message names the pictures and the
+            first module whose output is not.
     """
-    phase = "warm-up" if learner.warming_up else "detr"
+    phase, logged = "warm-up" if learner.warming_up else "detr", {}
     set_rates(learner)
     learner.model.train()
-    losses = learner.losses(samples, targets)
-    if not losses["loss"].isfinite():
-        ids = [int(target["image_id"]) for target in targets]
-        raise FloatingPointError(
-            f"the loss of step {learner.step} is {losses['loss'].item()}, on the pictures {ids}: try a lower learning rate"
-        )
     learner.optimizer.zero_grad()
-    losses["loss"].backward()
-    parameters = [
-        parameter
-        for group in learner.optimizer.param_groups
-        for parameter in group["params"]
-    ]
-    norm = nn.utils.clip_grad_norm_(parameters, learner.config.clip_norm)
+    normalizer = step_normalizer(
+        [target for _, targets in parts for target in targets],
+        learner.model.num_queries,
+        learner.criterion.empty_weight,
+    )
+    for samples, targets in parts:
+        last = samples is parts[-1][0]
+        with contextlib.nullcontext() if last else without_averaging(learner.task):
+            losses = finite_losses(learner, samples, targets, normalizer)
+            losses["loss"].backward()
+        for name, value in losses.items():
+            share = value.detach() if name.startswith("loss") else value / len(parts)
+            logged[name] = logged.get(name, 0) + share
+    norm = nn.utils.clip_grad_norm_(learner.parameters, learner.config.clip_norm)
     learner.optimizer.step()
     learner.step += 1
     if learner.step == learner.config.warmup_steps:
         learner.start_phase()
-    return {
-        "phase": phase,
-        **losses,
-        "grad_norm": norm,
-        "lr": learner.optimizer.param_groups[0]["lr"],
-    }
+    rate = learner.optimizer.param_groups[0]["lr"]
+    return {"phase": phase, **logged, "grad_norm": norm, "lr": rate}
 
-# %% ../nbs/10_training.ipynb #163583d7
+# %% ../nbs/10_training.ipynb #efe750a4
+def without_averaging(task: nn.Module) -> contextlib.AbstractContextManager:
+    """Processes wait for each other's gradients only at the last part of a step."""
+    parallel = isinstance(task, DistributedDataParallel)
+    return task.no_sync() if parallel else contextlib.nullcontext()
+
+
+def finite_losses(
+    learner: Learner,
+    samples: NestedTensor,
+    targets: Sequence[dict[str, Any]],
+    normalizer: Normalizer,
+) -> dict[str, Tensor]:
+    """`batch_losses`, or FloatingPointError with the pictures and the first sick module."""
+    problem = None
+    try:
+        losses = batch_losses(learner, samples, targets, normalizer)
+        if losses["loss"].isfinite():
+            return losses
+    except ValueError as error:  # the criterion refuses answers that are not finite
+        problem = error
+    module = first_non_finite(learner.lesson, samples)
+    if module is None and problem is not None:
+        raise problem  # it was about something else
+    ids = [int(target["image_id"]) for target in targets]
+    where = (
+        f"first in the output of {module.removeprefix('model.')}" if module else "the loss"
+    )
+    raise FloatingPointError(
+        f"step {learner.step}, on the pictures {ids}: not finite, {where}; try a lower "
+        "learning rate"
+    )
+
+# %% ../nbs/10_training.ipynb #716583d7
 class RunFolder:
-    """The files of a run: config.json, metrics.jsonl, and in checkpoints/ state.pt, last
-    and best .safetensors.
+    """The files of a run: config.json, metrics.jsonl, and in checkpoints/ the states and
+    last and best .safetensors.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config, self.metrics = self.path / "config.json", self.path / "metrics.jsonl"
-        self.state = self.path / "checkpoints" / "state.pt"
-        self.last, self.best = (
-            self.state.with_name("last.safetensors"),
-            self.state.with_name("best.safetensors"),
-        )
+        self.checkpoints = self.path / "checkpoints"
+        self.last = self.checkpoints / "last.safetensors"
+        self.best = self.checkpoints / "best.safetensors"
+
+    @property
+    def states(self) -> list[Path]:
+        """The files to resume from, oldest first."""
+        return sorted(self.checkpoints.glob("state-*.pt"))
 
     def refuse_if_used(self) -> None:
         """Raises FileExistsError if there is something in the folder already."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise FileExistsError(
-                f"{self.path} is not empty: `annotated-detr resume {self.path}` goes on with a run; a new one needs a new folder"
+                f"{self.path} is not empty: `annotated-detr resume {self.path}` goes on with "
+                "a run; a new one needs a new folder"
             )
 
     def create(self, config: TrainConfig) -> None:
         """Makes the folder and writes the configuration."""
-        self.state.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            self.config, json.dumps(asdict(config), indent=2, default=str).encode()
-        )
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(asdict(config), indent=2, default=str)
+        write_atomically(self.config, text.encode())
 
     def read_config(self) -> TrainConfig:
         """The configuration that `create` wrote; raises FileNotFoundError or ValueError if
@@ -621,13 +777,10 @@ class RunFolder:
             )
         try:
             saved = json.loads(self.config.read_text())
-            paths = {"images", "annotations", "val_images", "val_annotations"}
-            return TrainConfig(
-                **{
-                    name: Path(value) if name in paths and value else value
-                    for name, value in saved.items()
-                }
-            )
+            paths = {f.name for f in fields(TrainConfig) if f.type == Path | None}
+            for name in paths & {name for name, value in saved.items() if value}:
+                saved[name] = Path(saved[name])
+            return TrainConfig(**saved)
         except (json.JSONDecodeError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{self.config} is not the configuration of a training run: {error}"
@@ -646,7 +799,7 @@ class RunFolder:
         whole = [json.loads(line) for line in lines if line.endswith("}")]
         return [line for line in whole if phase in (None, line["phase"])]
 
-# %% ../nbs/10_training.ipynb #af28d7f5
+# %% ../nbs/10_training.ipynb #0fc073ac
 def save_checkpoint(
     folder: RunFolder, learner: Learner, spec: ModelSpec, progress: dict[str, float]
 ) -> None:
@@ -657,15 +810,34 @@ def save_checkpoint(
         "step": learner.step,
         "progress": progress,
         "model": learner.model.state_dict(),
-        "dense_head": learner.dense_head.state_dict(),
+        "dense_head": learner.lesson.dense_head.state_dict(),
         "optimizer": learner.optimizer.state_dict(),
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all(),
     }
     content = io.BytesIO()
     torch.save(state, content)
-    write_atomically(folder.state, content.getvalue())
+    new = folder.checkpoints / f"state-{learner.step:08d}.pt"
+    write_atomically(new, content.getvalue())
+    for old in folder.states[:-2]:
+        old.unlink()
     save_model(folder.last, learner.model, spec)
+
+
+def read_state(folder: RunFolder, device: torch.device) -> dict[str, Any]:
+    """The newest state that is whole; raises ValueError if there are some, all damaged."""
+    for file in reversed(folder.states):
+        try:
+            with zipfile.ZipFile(file) as archive:
+                if archive.testzip() is None:
+                    return torch.load(file, map_location=device, weights_only=True)
+        except (zipfile.BadZipFile, RuntimeError, OSError, pickle.UnpicklingError):
+            pass
+        print(f"{file} is damaged: the checkpoint before it is used")
+    raise ValueError(
+        f"every state in {folder.checkpoints} is damaged and cannot be resumed from; "
+        f"{folder.last} may still be good"
+    )
 
 
 def restore_checkpoint(folder: RunFolder, learner: Learner) -> dict[str, float]:
@@ -673,28 +845,41 @@ def restore_checkpoint(folder: RunFolder, learner: Learner) -> dict[str, float]:
     were logged after it.
 
     Raises:
-        ValueError: if the checkpoint is damaged.
+        ValueError: if no whole checkpoint is left.
     """
-    try:
-        state = torch.load(folder.state, map_location=learner.device, weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{folder.state} is damaged and cannot be resumed from; {folder.last} may still be good"
-        ) from error
+    state = read_state(folder, learner.device)
     learner.step = state["step"]
     learner.model.load_state_dict(state["model"])
-    learner.dense_head.load_state_dict(state["dense_head"])
+    learner.lesson.dense_head.load_state_dict(state["dense_head"])
     learner.start_phase()
     learner.optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"].cpu())
     torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
-    kept = [line for line in folder.read_metrics() if line["step"] <= learner.step]
-    write_atomically(
-        folder.metrics, "".join(json.dumps(line) + "\n" for line in kept).encode()
-    )
+    if process_number()[0] == 0:
+        kept = [line for line in folder.read_metrics() if line["step"] <= learner.step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(folder.metrics, text.encode())
     return state["progress"]
 
-# %% ../nbs/10_training.ipynb #903a509b
+# %% ../nbs/10_training.ipynb #3039684f
+@torch.no_grad()
+def vital_signs(
+    criterion: SetCriterion, answers: dict[str, Any], targets: Sequence[dict[str, Any]]
+) -> dict[str, Tensor]:
+    """Numbers that tell a healthy run from a sick one: `foreground_accuracy` and
+    `no_object_share` in percent, `box_spread` as a fraction of the picture.
+    """
+    logits, boxes = answers["pred_logits"].float(), answers["pred_boxes"].float()
+    matched = flatten_matches(criterion.matcher(answers, targets), logits.device)
+    labels = torch.cat([target["labels"] for target in targets])[matched.target]
+    answered = logits[matched.picture, matched.query]
+    return {
+        "foreground_accuracy": foreground_accuracy(answered, labels),
+        "no_object_share": no_object_share(logits),
+        "box_spread": boxes[..., :2].std(1).mean(),
+    }
+
+# %% ../nbs/10_training.ipynb #7a916136
 class Trainer:
     """A run: its pictures, its learner, its folder. `start` and `resume` open one, `fit`
     trains to the end.
@@ -702,10 +887,9 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, folder: RunFolder):
         self.config, self.folder = config, folder
+        self.rank, self.processes = process_number()
         self.pictures, self.val_pictures = open_datasets(config)
-        names = {
-            str(category): name for category, name in self.pictures.class_names.items()
-        }
+        names = {str(id): name for id, name in self.pictures.class_names.items()}
         self.spec = ModelSpec(
             config.model,
             self.pictures.num_classes,
@@ -714,45 +898,47 @@ class Trainer:
             names,
             {"aux_loss": True},
         )
-        self.learner = Learner(
-            config, self.spec, math.ceil(len(self.pictures) / config.batch_size)
-        )
+        steps_per_epoch = math.ceil(len(self.pictures) / config.batch_size)
+        self.learner = Learner(config, self.spec, steps_per_epoch)
         self.progress = {"seconds": 0.0, "best": -1.0}
 
     def loader(self, dataset: Dataset, **options: Any) -> DataLoader:
         """A loader that leaves the global random generator alone."""
-        on_gpu = self.learner.device.type == "cuda"
+        workers = self.config.num_workers
         return DataLoader(
             dataset,
             collate_fn=collate_fn,
-            num_workers=self.config.num_workers,
-            pin_memory=on_gpu,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.learner.device.type == "cuda",
             generator=torch.Generator(),
             **options,
         )
 
     def log(self, numbers: dict[str, Any]) -> dict[str, Any]:
         """Adds a line to the metrics: the step, the epoch, the seconds so far, and
-        `numbers` as plain Python.
+        `numbers` as plain Python. Only the first process writes.
         """
-        plain = {
+        learner, seconds = self.learner, round(self.progress["seconds"], 2)
+        epoch = round(learner.step / learner.steps_per_epoch, 3)
+        line = {"step": learner.step, "epoch": epoch, "seconds": seconds} | {
             name: value.item() if isinstance(value, Tensor) else value
             for name, value in numbers.items()
         }
-        epoch = round(self.learner.step / self.learner.steps_per_epoch, 3)
-        self.folder.append(
-            {
-                "step": self.learner.step,
-                "epoch": epoch,
-                "seconds": round(self.progress["seconds"], 2),
-                **plain,
-            }
-        )
-        return plain
+        if self.rank == 0:
+            self.folder.append(line)
+        return line
 
-# %% ../nbs/10_training.ipynb #34b661be
+    def save(self) -> None:
+        """Writes a checkpoint, if this is the first process."""
+        if self.rank == 0:
+            save_checkpoint(self.folder, self.learner, self.spec, self.progress)
+
+# %% ../nbs/10_training.ipynb #e9684e04
 def batches(trainer: Trainer) -> DataLoader:
-    """The training batches from the current step to the last."""
+    """The training batches from the current step to the last, or this process's share of
+    them, in `accumulate` parts each.
+    """
     config, learner = trainer.config, trainer.learner
     transforms = make_coco_transforms(
         "train",
@@ -763,18 +949,28 @@ def batches(trainer: Trainer) -> DataLoader:
     )
     pictures = AugmentedPictures(trainer.pictures, transforms, config.seed)
     order = TrainingOrder(
-        len(pictures), config.batch_size, learner.steps, config.seed, start=learner.step
+        len(pictures),
+        config.batch_size,
+        learner.steps,
+        config.seed,
+        start=learner.step,
+        shares=trainer.processes * config.accumulate,
+        mine=[trainer.rank * config.accumulate + i for i in range(config.accumulate)],
     )
     return trainer.loader(pictures, batch_sampler=order)
 
 
 def score(trainer: Trainer) -> Scores:
-    """Scores the model on the validation pictures, logs it, and keeps the weights if they are the best."""
-    config, learner = trainer.config, trainer.learner
+    """Scores the model on the validation pictures, logs it, and keeps the weights if they
+    are the best. Several processes share the pictures.
+    """
+    config, learner, pictures = trainer.config, trainer.learner, trainer.val_pictures
+    mine = range(trainer.rank, len(pictures), trainer.processes)
+    batch = max(1, config.batch_size // (trainer.processes * config.accumulate))
     scores = evaluate(
         learner.model,
-        trainer.loader(trainer.val_pictures, batch_size=config.batch_size),
-        trainer.val_pictures.coco,
+        trainer.loader(pictures, batch_size=batch, sampler=mine),
+        pictures.coco,
         learner.device,
         progress=False,
         max_dets=max(100, config.num_queries),
@@ -783,54 +979,83 @@ def score(trainer: Trainer) -> Scores:
     trainer.log({"phase": "validation", **scores.to_dict()})
     if scores.AP is not None and scores.AP > trainer.progress["best"]:
         trainer.progress["best"] = scores.AP
-        save_model(trainer.folder.best, learner.model, trainer.spec)
+        if trainer.rank == 0:
+            save_model(trainer.folder.best, learner.model, trainer.spec)
     return scores
 
-# %% ../nbs/10_training.ipynb #83bd651b
+# %% ../nbs/10_training.ipynb #72979231
+def to_device(
+    batch: tuple[NestedTensor, Sequence[dict[str, Any]]], device: torch.device
+) -> tuple[NestedTensor, list[dict[str, Any]]]:
+    """Samples and targets where the model is."""
+    samples, targets = batch
+    moved = [
+        {name: value.to(device, non_blocking=True) for name, value in target.items()}
+        for target in targets
+    ]
+    return samples.to(device), moved
+
+
+def keep_batch(
+    path: Path, parts: Sequence[tuple[NestedTensor, Sequence[dict[str, Any]]]]
+) -> Path:
+    """Saves the pictures and targets of a step, for a look at what went wrong."""
+    batch = [{"tensors": s.tensors, "mask": s.mask, "targets": t} for s, t in parts]
+    torch.save(batch, path)
+    return path
+
+# %% ../nbs/10_training.ipynb #a5a9fafa
+def is_time_to_score(learner: Learner) -> bool:
+    """Whether the step just made was an epoch's last, and the epoch one to be scored."""
+    config, done = learner.config, learner.step - learner.config.warmup_steps
+    epoch, place = divmod(done, learner.steps_per_epoch)
+    whole = done > 0 and place == 0 and epoch % config.eval_every == 0
+    return whole or learner.step == learner.steps
+
+
 def fit(trainer: Trainer, progress: bool = True) -> None:
     """Trains from the current step to the last: logs every few steps, scores every few
     epochs, saves on the way.
 
     Ctrl-C stops it between two steps; like a kill, it costs the steps since the last
     checkpoint and nothing else.
+
+    Raises:
+        FloatingPointError: if a loss is not finite; the batch is saved in the run's folder.
     """
     config, learner = trainer.config, trainer.learner
     before, begun = trainer.progress["seconds"], time.perf_counter()
-    quiet = (
-        {} if progress else {"disable": True}
-    )  # a missing argument leaves TQDM_DISABLE its say
+    # Without `disable`, TQDM_DISABLE has its say.
+    quiet = {} if progress and trainer.rank == 0 else {"disable": True}
+    loader = iter(batches(trainer))
     with tqdm(total=learner.steps, initial=learner.step, unit="step", **quiet) as bar:
-        for samples, targets in batches(trainer):
-            samples = samples.to(learner.device)
-            targets = [
-                {name: value.to(learner.device) for name, value in target.items()}
-                for target in targets
+        while learner.step < learner.steps:
+            parts = [
+                to_device(next(loader), learner.device) for _ in range(config.accumulate)
             ]
-            logged = train_step(learner, samples, targets)
+            try:
+                logged = train_step(learner, *parts)
+            except FloatingPointError as error:
+                name = f"batch-{learner.step}-{trainer.rank}.pt"
+                kept = keep_batch(trainer.folder.path / name, parts)
+                raise FloatingPointError(f"{error}; the batch is kept in {kept}") from None
             trainer.progress["seconds"] = before + time.perf_counter() - begun
             bar.update()
-            at_end = learner.step == learner.steps
-            if learner.step % config.log_every == 0 or at_end:
+            if learner.step % config.log_every == 0 or learner.step == learner.steps:
+                if logged["phase"] == "detr":
+                    targets = parts[-1][1]
+                    logged |= vital_signs(learner.criterion, learner.answers, targets)
                 numbers = trainer.log(logged)
                 bar.set_postfix(loss=f"{numbers['loss']:.2f}", lr=f"{numbers['lr']:.1e}")
-            epoch, place = divmod(
-                learner.step - config.warmup_steps, learner.steps_per_epoch
-            )
-            at_scoring = (
-                not learner.warming_up
-                and epoch > 0
-                and place == 0
-                and epoch % config.eval_every == 0
-            )
-            if trainer.val_pictures is not None and (at_scoring or at_end):
+            scoring = is_time_to_score(learner)
+            if scoring and trainer.val_pictures is not None:
                 scores = score(trainer)
-                bar.write(
-                    f"step {learner.step:,}: AP {scores.AP or 0:.3f}, AP50 {scores.AP50 or 0:.3f}"
-                )
-            if at_scoring or at_end or learner.step % config.save_every == 0:
-                save_checkpoint(trainer.folder, learner, trainer.spec, trainer.progress)
+                says = f"AP {scores.AP or 0:.3f}, AP50 {scores.AP50 or 0:.3f}"
+                bar.write(f"step {learner.step:,}: {says}")
+            if scoring or learner.step % config.save_every == 0:
+                trainer.save()
 
-# %% ../nbs/10_training.ipynb #488cd9a6
+# %% ../nbs/10_training.ipynb #c9ddd64d
 def plan(trainer: Trainer) -> str:
     """What a run is about to do, in words: pictures and steps, model, classes."""
     config, spec, learner = trainer.config, trainer.spec, trainer.learner
@@ -853,9 +1078,11 @@ def start(config: TrainConfig, path: str | Path) -> Trainer:
     anything.
     """
     folder = RunFolder(path)
-    folder.refuse_if_used()
+    if process_number()[0] == 0:
+        folder.refuse_if_used()
     trainer = Trainer(config, folder)
-    folder.create(config)
+    if trainer.rank == 0:
+        folder.create(config)
     return trainer
 
 
@@ -865,8 +1092,8 @@ def resume(path: str | Path) -> Trainer:
     """
     folder = RunFolder(path)
     trainer = Trainer(folder.read_config(), folder)
-    if folder.state.exists():
+    if folder.states:
         trainer.progress = restore_checkpoint(folder, trainer.learner)
-    else:
+    elif trainer.rank == 0:
         folder.metrics.unlink(missing_ok=True)
     return trainer

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 from annotated_detr import scenes, training
 from annotated_detr.detr import detr_tiny
+from annotated_detr.nested_tensor import nested_tensor_from_tensor_list
 from annotated_detr.training import (
     RECIPES,
     AugmentedPictures,
@@ -116,28 +119,46 @@ def test_dense_targets_equal_a_loop_over_cells():
 
 
 def test_padding_teaches_the_dense_head_nothing():
-    from annotated_detr.nested_tensor import NestedTensor
-
     torch.manual_seed(0)
     head = DenseHead(8, num_classes=3)
     features = torch.randn(1, 8, 4, 6)
     mask = torch.zeros(1, 4, 6, dtype=torch.bool)
     mask[:, :, 4:] = True
     target = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.4, 0.5, 0.5, 0.5]])}]
-    loss = head.loss(NestedTensor(features, mask), target)
+    loss = head.loss(*head(features), mask, target)
     changed = features.clone()
     changed[..., 5:] += 10  # two cells from the last real one: out of reach of a 3×3 convolution
-    assert torch.equal(loss, head.loss(NestedTensor(changed, mask), target))
+    assert torch.equal(loss, head.loss(*head(changed), mask, target))
 
 
 def test_a_picture_without_boxes_gives_a_finite_dense_loss():
-    from annotated_detr.nested_tensor import NestedTensor
-
     head = DenseHead(4, num_classes=2)
-    features = NestedTensor(torch.randn(1, 4, 3, 3), torch.zeros(1, 3, 3, dtype=torch.bool))
-    loss = head.loss(features, [{"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}])
+    logits, boxes = head(torch.randn(1, 4, 3, 3))
+    nothing = [{"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}]
+    loss = head.loss(logits, boxes, torch.zeros(1, 3, 3, dtype=torch.bool), nothing)
     loss.backward()
     assert loss.isfinite()
+
+
+def test_the_dense_loss_is_zero_for_the_right_answer():
+    head, mask = DenseHead(4, num_classes=2), torch.zeros(1, 2, 2, dtype=torch.bool)
+    target = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.25, 1.0, 0.5]])}]
+    logits = torch.full((1, 2, 2, 3), -100.0)
+    logits[0, 0, :, 1] = logits[0, 1, :, 2] = 100  # the object covers the upper row
+    boxes = target[0]["boxes"].expand(1, 2, 2, 4)
+    assert head.loss(logits, boxes, mask, target).item() == pytest.approx(0, abs=1e-6)
+    assert head.loss(logits, boxes * 0.9, mask, target) > 0.1
+
+
+def test_the_lesson_sees_the_memory_that_the_decoder_sees():
+    model = detr_tiny(num_classes=3)
+    lesson = training.Lesson(model, num_classes=3).eval()
+    batch = nested_tensor_from_tensor_list([torch.randn(3, 64, 48), torch.randn(3, 48, 64)])
+    with torch.no_grad():
+        (answers, dense), (none, warm) = lesson(batch), lesson(batch, warming_up=True)
+        expected = model(batch)
+    assert none is None and torch.equal(answers["pred_boxes"], expected["pred_boxes"])
+    assert all(torch.equal(one, other) for one, other in zip(dense, warm))
 
 
 # Optimiser and schedule
@@ -191,16 +212,18 @@ def test_a_run_leaves_its_configuration_metrics_and_detectors(finished):
     assert load_model(folder.best)[1] == spec
 
 
-def test_the_warm_up_trains_the_backbone_alone(tmp_path):
+def test_the_warm_up_leaves_the_decoder_as_it_is(tmp_path):
     trainer = start(SMALL, tmp_path / "run")
     before = {name: tensor.clone() for name, tensor in trainer.learner.model.state_dict().items()}
-    for samples, targets in training.batches(trainer):
-        training.train_step(trainer.learner, samples, targets)
+    for batch in training.batches(trainer):
+        training.train_step(trainer.learner, batch)
         if not trainer.learner.warming_up:
             break
     after = trainer.learner.model.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved and all(name.startswith("backbone.") for name in moved)
+    taught = ("backbone.", "input_proj.", "transformer.encoder.")
+    assert all(name.startswith(taught) for name in moved)
+    assert all(any(name.startswith(part) for name in moved) for part in taught)
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 5, 8])
@@ -234,13 +257,12 @@ def test_a_run_that_is_killed_can_be_resumed(finished, tmp_path):
         "t.fit(t.start(t.RunFolder(Path(sys.argv[1])).read_config(), sys.argv[2]), progress=False)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(finished.folder.path), str(run)], env=os.environ)
-    state = RunFolder(run).state
     deadline = time.monotonic() + 120
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not RunFolder(run).states and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert state.exists(), "the run never wrote a checkpoint"
+    assert RunFolder(run).states, "the run never wrote a checkpoint"
     resumed = resume(run)
     fit(resumed, progress=False)
     assert same_weights(resumed.learner.model, finished.learner.model)
@@ -261,10 +283,20 @@ def test_resuming_what_is_no_run_says_so(tmp_path):
         resume(tmp_path)
 
 
-def test_a_damaged_checkpoint_is_named(finished, tmp_path):
-    run = start(SMALL, tmp_path / "run")
-    run.folder.state.write_bytes(finished.folder.state.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="state.pt is damaged"):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, tmp_path, capsys):
+    shutil.copytree(finished.folder.path, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    assert [state.stem for state in folder.states] == ["state-00000008", "state-00000009"]
+    last = bytearray(folder.states[-1].read_bytes())
+    last[len(last) // 2] ^= 1  # one bit
+    folder.states[-1].write_bytes(last)
+    resumed = resume(tmp_path / "run")
+    assert resumed.learner.step == 8 and "state-00000009.pt is damaged" in capsys.readouterr().out
+    fit(resumed, progress=False)
+    assert same_weights(resumed.learner.model, finished.learner.model)
+    for state in folder.states:
+        state.write_bytes(state.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="every state in .* is damaged"):
         resume(tmp_path / "run")
 
 
@@ -313,14 +345,76 @@ def test_weights_that_cannot_be_used_are_named(tmp_path):
         ModelSpec("yolo", 5, 9, 64).build()
 
 
-def test_a_loss_that_is_not_finite_names_the_pictures(tmp_path):
-    trainer = start(replace(SMALL, warmup_steps=1), tmp_path / "run")
+@pytest.mark.parametrize("module", ["dense_head.classify", "transformer.encoder.layers.1.linear1", "class_embed"])
+def test_a_loss_that_is_not_finite_names_module_and_pictures_and_keeps_the_batch(tmp_path, module):
+    trainer = start(replace(SMALL, warmup_steps=int("dense" in module)), tmp_path / "run")
+    lesson = trainer.learner.lesson
+    part = lesson if "dense" in module else lesson.model
     with torch.no_grad():
-        trainer.learner.dense_head.classify.bias.fill_(float("nan"))
-    samples, targets = next(iter(training.batches(trainer)))
-    ids = [int(target["image_id"]) for target in targets]
-    with pytest.raises(FloatingPointError, match=str(ids[0])):
-        training.train_step(trainer.learner, samples, targets)
+        part.get_submodule(module).bias.fill_(float("nan"))
+    _, targets = next(iter(training.batches(trainer)))
+    with pytest.raises(FloatingPointError, match=re.escape(module)) as caught:
+        fit(trainer, progress=False)
+    assert str([int(target["image_id"]) for target in targets]) in str(caught.value)
+    (kept,) = torch.load(trainer.folder.path / "batch-0-0.pt", weights_only=True)
+    assert kept["tensors"].shape == (8, 3, 64, 64) and len(kept["targets"]) == 8
+
+
+# Parts of a batch, processes
+
+ONE_STEP = replace(SMALL, scenes=8, epochs=1, warmup_steps=0, dense_weight=0.0, clip_norm=1e6)
+TRAIN = """
+import sys, torch
+from pathlib import Path
+from annotated_detr import training as t
+with t.processes("cpu"):
+    trainer = t.start(t.TrainConfig(**eval(sys.argv[1])), sys.argv[2])
+    for module in trainer.learner.model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # a batch's statistics differ from those of its parts
+            module.eval()
+            module.train = lambda mode=True: None
+    t.fit(trainer, progress=False)
+    if trainer.rank == 0:
+        gradients = {name: p.grad for name, p in trainer.learner.model.named_parameters()}
+        torch.save(gradients, sys.argv[3])
+"""
+
+
+def train_elsewhere(folder: Path, name: str, config: TrainConfig, processes: int = 1):
+    script, told = folder / "train.py", {k: v for k, v in vars(config).items() if v is not None}
+    script.write_text(TRAIN)
+    command = [sys.executable, str(script), repr(told), str(folder / name), str(folder / f"{name}.pt")]
+    if processes > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300)
+    return torch.load(folder / f"{name}.pt"), RunFolder(folder / name).read_metrics("validation")[-1]
+
+
+@pytest.mark.parametrize("processes, accumulate", [(1, 4), (2, 1), (2, 2)])
+def test_parts_and_processes_have_the_gradients_of_the_whole(tmp_path, processes, accumulate):
+    whole, scores = train_elsewhere(tmp_path, "whole", ONE_STEP)
+    shared, its_scores = train_elsewhere(tmp_path, "shared", replace(ONE_STEP, accumulate=accumulate), processes)
+    assert whole.keys() == shared.keys()
+    for name, expected in whole.items():
+        torch.testing.assert_close(shared[name], expected, atol=1e-5 * max(1, expected.abs().max().item()), rtol=1e-4)
+    assert its_scores["AR100"] == pytest.approx(scores["AR100"], abs=0.02)  # each scored its share of the pictures
+
+
+def test_two_processes_go_through_warm_up_and_training_in_step(tmp_path):
+    gradients, _ = train_elsewhere(tmp_path, "run", replace(SMALL, scenes=9, epochs=2), processes=2)
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
+    folder = RunFolder(tmp_path / "run")
+    assert [line["step"] for line in folder.read_metrics("detr")] == [4, 5, 6, 7]  # written once, by the first process
+
+
+def test_shares_of_a_batch_are_the_batch():
+    whole = list(TrainingOrder(10, 4, 6, seed=1))
+    for shares in (2, 3, 4):
+        parts = [list(TrainingOrder(10, 4, 6, seed=1, shares=shares, mine=[share])) for share in range(shares)]
+        for step, batch in enumerate(whole):
+            got = [pair for part in parts for pair in part[step]]
+            assert set(got) == set(batch) and all(part[step] for part in parts)
+            assert len(got) == len(batch) or len(batch) < shares
 
 
 def test_pictures_that_would_stop_training_stop_it_before_the_first_step(tmp_path):
