@@ -19,11 +19,11 @@ from torchvision.models._utils import IntermediateLayerGetter
 
 from .nested_tensor import NestedTensor
 
-# %% ../nbs/03_backbone.ipynb #51a2cc03
+# %% ../nbs/03_backbone.ipynb #8379dd5f
 class FrozenBatchNorm2d(nn.Module):
-    """Batch normalisation whose four numbers per channel never change (Section 4, Appendix A.4).
+    """Batch normalisation whose four numbers per channel never change (Appendix A.4).
 
-    All four arrays are buffers: an optimiser does not see them, and `train()` does not touch them.
+    All four arrays are buffers: no optimiser sees them, and `train()` does not touch them.
 
     Args:
         n: channels of the features that come in.
@@ -42,11 +42,11 @@ class FrozenBatchNorm2d(nn.Module):
         """Scale and shift every channel by its four stored numbers."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
-        # Worked out in float32, applied in the features' dtype, so that half precision stays half.
+        # Worked out in float32, applied in the features' dtype: half precision stays half.
         return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        # nn.BatchNorm2d also saves how many batches it saw; a frozen layer has no use for that.
+        # nn.BatchNorm2d also saves how many batches it saw: of no use to a frozen layer.
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -54,18 +54,20 @@ class FrozenBatchNorm2d(nn.Module):
         """What `print(module)` shows in the parentheses."""
         return f"{self.weight.numel()}, eps={self.eps}"
 
-# %% ../nbs/03_backbone.ipynb #b6947ccb
+# %% ../nbs/03_backbone.ipynb #87c3bb26
 def _with_masks(
     features: Mapping[str, Float[Tensor, "B _ _ _"]], batch: NestedTensor
 ) -> dict[str, NestedTensor]:
-    """Give every feature map the batch's mask at its own size, sampled by nearest neighbour."""
+    """Give every feature map the batch's mask at its own size, by nearest neighbour."""
     nested = {}
     for name, feature in features.items():
-        mask = F.interpolate(batch.mask[:, None].float(), size=feature.shape[-2:], mode="nearest")
+        mask = F.interpolate(
+            batch.mask[:, None].float(), size=feature.shape[-2:], mode="nearest"
+        )
         nested[name] = NestedTensor(feature, mask[:, 0].bool())
     return nested
 
-# %% ../nbs/03_backbone.ipynb #e69f485c
+# %% ../nbs/03_backbone.ipynb #207dce93
 class BackboneBase(nn.Module):
     """A ResNet cut open: its feature maps instead of its class scores, each with its mask.
 
@@ -73,7 +75,7 @@ class BackboneBase(nn.Module):
         backbone: a network with torchvision's ResNet names (`conv1` … `layer4`).
         train_backbone: whether layers 2 to 4 train. The stem and layer 1 never do.
         num_channels: channels of the last feature map.
-        return_interm_layers: return all four layers as "0" to "3", instead of the last as "0".
+        return_interm_layers: return all four layers as "0" to "3", not the last as "0".
     """
 
     def __init__(
@@ -96,10 +98,10 @@ class BackboneBase(nn.Module):
         self.num_channels = num_channels
 
     def forward(self, batch: NestedTensor) -> dict[str, NestedTensor]:
-        """Feature maps by name, first to last layer, with the padding mask at each map's size."""
+        """Feature maps by name, first to last layer, each with the mask at its size."""
         return _with_masks(self.body(batch.tensors), batch)
 
-# %% ../nbs/03_backbone.ipynb #0576ec6b
+# %% ../nbs/03_backbone.ipynb #0e3835ca
 class Backbone(BackboneBase):
     """A torchvision ResNet with frozen batch normalisation (Section 3.2, "Backbone").
 
@@ -107,14 +109,14 @@ class Backbone(BackboneBase):
         name: "resnet18", "resnet34", "resnet50" or "resnet101".
         train_backbone: whether layers 2 to 4 train.
         return_interm_layers: return all four layers instead of the last alone.
-        dilation: DC5, layer 4 with stride 1 and dilated kernels: twice the resolution, the same
-            parameters.
-        weights: where to start from. None: random, without touching the network. A name such as
-            "IMAGENET1K_V1" (what the paper used): torchvision's weights, downloaded once. A path: a
-            `.pth` or `.safetensors` state dict.
+        dilation: DC5, layer 4 with stride 1 and dilated kernels: twice the resolution, the
+            same parameters.
+        weights: where to start from. None: random, without touching the network. A name, as
+            "IMAGENET1K_V1" (what the paper used): torchvision's weights, downloaded once. A
+            path: a `.pth` or `.safetensors` state dict.
 
     Raises:
-        ValueError: if the name is unknown, cannot be dilated, or the file holds something else.
+        ValueError: if the name is unknown, cannot be dilated, or the file does not fit.
         FileNotFoundError: if the weights are neither here nor reachable.
     """
 
@@ -128,7 +130,9 @@ class Backbone(BackboneBase):
     ) -> None:
         channels = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048}
         if name not in channels:
-            raise ValueError(f"there is no backbone {name!r}: choose one of {', '.join(channels)}")
+            raise ValueError(
+                f"there is no backbone {name!r}: choose one of {', '.join(channels)}"
+            )
         if dilation and channels[name] == 512:
             raise ValueError(
                 f"{name} cannot be dilated, because its blocks have no dilated form: "
@@ -143,9 +147,9 @@ class Backbone(BackboneBase):
             _load_imagenet(network, name, str(weights))
         super().__init__(network, train_backbone, channels[name], return_interm_layers)
 
-# %% ../nbs/03_backbone.ipynb #88ba44c9
+# %% ../nbs/03_backbone.ipynb #3f7bbc3e
 def has_random_frozen_layers(module: nn.Module) -> bool:
-    """Whether a frozen batch norm still holds its initial numbers: then nothing was loaded into it.
+    """Whether a frozen batch norm still holds its initial numbers: nothing was loaded.
 
     A trainer asks this before it starts, since no training repairs layers that never train.
     """
@@ -176,12 +180,12 @@ class _ResidualBlock(nn.Module):
     def forward(self, x: Float[Tensor, "B _ _ _"]) -> Float[Tensor, "B _ _ _"]:
         return torch.relu(self.branch(x) + self.shortcut(x))
 
-# %% ../nbs/03_backbone.ipynb #473e1451
+# %% ../nbs/03_backbone.ipynb #f18a35f9
 class TinyBackbone(nn.Module):
     """A small residual network that learns from nothing: every layer and every norm trains.
 
-    The stem halves the picture, the first block keeps its size and every further block halves it:
-    three blocks give stride 8.
+    The stem halves the picture, the first block keeps its size, and every further block
+    halves it: three blocks give stride 8.
 
     Args:
         channels: width of each block, first to last.
@@ -191,7 +195,8 @@ class TinyBackbone(nn.Module):
         super().__init__()
         if len(channels) == 0:
             raise ValueError(
-                "TinyBackbone needs at least one block: give its channels, for example (24, 48, 96)"
+                "TinyBackbone needs at least one block: give its channels, "
+                "for example (24, 48, 96)"
             )
         self.stem = nn.Sequential(
             nn.Conv2d(3, channels[0], 3, stride=2, padding=1, bias=False),
@@ -205,12 +210,12 @@ class TinyBackbone(nn.Module):
         self.num_channels = channels[-1]
 
     def forward(self, batch: NestedTensor) -> dict[str, NestedTensor]:
-        """The last feature map as "0", with the mask at its size: what `Backbone` returns."""
+        """The last feature map as "0", with the mask at its size, as from `Backbone`."""
         return _with_masks({"0": self.blocks(self.stem(batch.tensors))}, batch)
 
-# %% ../nbs/03_backbone.ipynb #9323dc21
+# %% ../nbs/03_backbone.ipynb #19bc85e6
 def _imagenet_state(name: str, weights: str) -> dict[str, Tensor]:
-    """The state dict that `weights` stands for: a file, or a name that torchvision knows."""
+    """The state dict that `weights` stands for: a file, or a name of torchvision's."""
     known = torchvision.models.get_model_weights(name).__members__
     if weights in known:
         url = known[weights].url
@@ -222,13 +227,14 @@ def _imagenet_state(name: str, weights: str) -> dict[str, Tensor]:
             folder = Path(torch.hub.get_dir()) / "checkpoints"
             raise FileNotFoundError(
                 f"the weights {weights} of {name} are not on this machine and could not be "
-                f"downloaded ({error}): fetch {url} elsewhere and put the file into {folder}"
+                f"downloaded ({error}): fetch {url} elsewhere "
+                f"and put the file into {folder}"
             ) from error
     path = Path(weights)
     if not path.is_file():
         raise FileNotFoundError(
-            f"weights={weights!r} is neither a file nor one of torchvision's names for {name}: "
-            f"{', '.join(known)}"
+            f"weights={weights!r} is neither a file nor one of torchvision's names "
+            f"for {name}: {', '.join(known)}"
         )
     if path.suffix == ".safetensors":
         try:
@@ -246,11 +252,13 @@ def _imagenet_state(name: str, weights: str) -> dict[str, Tensor]:
             "save one with torch.save(model.state_dict(), …)"
         ) from error
 
-# %% ../nbs/03_backbone.ipynb #aa4e30eb
+# %% ../nbs/03_backbone.ipynb #8de235d2
 def _load_imagenet(network: nn.Module, name: str, weights: str) -> None:
     """Fill a ResNet, all but the classifier that the backbone does without."""
 
-    expected = {key: value for key, value in network.state_dict().items() if "fc." not in key}
+    expected = {
+        key: value for key, value in network.state_dict().items() if "fc." not in key
+    }
     state = {
         key: value
         for key, value in _imagenet_state(name, weights).items()
@@ -260,7 +268,7 @@ def _load_imagenet(network: nn.Module, name: str, weights: str) -> None:
     wrong = wrong or [key for key in state if state[key].shape != expected[key].shape]
     if wrong:
         raise ValueError(
-            f"{weights} does not hold the weights of a {name}: {len(wrong)} entries do not fit, "
-            f"the first is {wrong[0]!r}"
+            f"{weights} does not hold the weights of a {name}: {len(wrong)} entries do not "
+            f"fit, the first is {wrong[0]!r}"
         )
     network.load_state_dict(state, strict=False)  # what is missing is the classifier

@@ -4,11 +4,11 @@
 __all__ = ['PAPER_MODELS', 'WEIGHTS_URL', 'PRESETS', 'MLP', 'DETR', 'PostProcess', 'tensors_only', 'published_weights',
            'detr_resnet50', 'detr_resnet50_dc5', 'detr_resnet101', 'detr_resnet101_dc5', 'detr_tiny']
 
-# %% ../nbs/06_detr.ipynb #df04c83a
+# %% ../nbs/06_detr.ipynb #edcdea68
 import argparse
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from annotated_detr.positional_encoding import (
 )
 from .transformer import Transformer
 
-# %% ../nbs/06_detr.ipynb #50d9d571
+# %% ../nbs/06_detr.ipynb #c5f0211b
 class MLP(nn.Module):
     """Linear layers with a ReLU between each two: the box head (Section 3.2).
 
@@ -38,7 +38,9 @@ class MLP(nn.Module):
         num_layers: how many linear layers.
     """
 
-    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int):
+    def __init__(
+        self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int
+    ) -> None:
         super().__init__()
         widths = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
@@ -49,6 +51,13 @@ class MLP(nn.Module):
         for layer in hidden:
             x = F.relu(layer(x))
         return last(x)
+
+# %% ../nbs/06_detr.ipynb #8bdf1e4a
+def _autocast_off(device: torch.device) -> AbstractContextManager:
+    """A region without autocast; none where it is off, so that exported programs have none."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 # %% ../nbs/06_detr.ipynb #6c5e2af7
 def _refuse_blank_pictures(mask: Bool[Tensor, "B H W"]) -> None:
@@ -64,7 +73,7 @@ def _refuse_blank_pictures(mask: Bool[Tensor, "B H W"]) -> None:
             "take it out of the batch, or correct its mask, which is True on padding"
         )
 
-# %% ../nbs/06_detr.ipynb #55eb05f2
+# %% ../nbs/06_detr.ipynb #22293815
 class DETR(nn.Module):
     """Pictures in, a set of boxes with classes out (Section 3.2, Figure 2).
 
@@ -74,6 +83,7 @@ class DETR(nn.Module):
         num_classes: K, the largest class index plus one; no-object gets the index K.
         num_queries: N, the number of boxes that every picture is answered with.
         aux_loss: also give the predictions of every decoder layer but the last.
+        learned_content: the queries start from a learned content, not from zeros.
 
     Raises:
         ValueError: if `aux_loss` asks for layers that the transformer keeps to itself.
@@ -86,7 +96,8 @@ class DETR(nn.Module):
         num_classes: int,
         num_queries: int,
         aux_loss: bool = False,
-    ):
+        learned_content: bool = False,
+    ) -> None:
         super().__init__()
         if aux_loss and not transformer.decoder.return_intermediate:
             raise ValueError(
@@ -97,6 +108,7 @@ class DETR(nn.Module):
         self.backbone = backbone
         self.input_proj = nn.Conv2d(backbone.num_channels, d, kernel_size=1)
         self.query_embed = nn.Embedding(num_queries, d)
+        self.query_content = nn.Embedding(num_queries, d) if learned_content else None
         self.transformer = transformer
         self.class_embed = nn.Linear(d, num_classes + 1)
         self.bbox_embed = MLP(d, d, 4, num_layers=3)
@@ -123,15 +135,32 @@ class DETR(nn.Module):
         _refuse_blank_pictures(mask)
 
         query_embed = self.query_embed.weight
-        hs, _ = self.transformer(self.input_proj(src), mask, query_embed, positions[-1])
+        content = self.query_content.weight if self.query_content is not None else None
+        hs, _ = self.transformer(
+            self.input_proj(src), mask, query_embed, positions[-1], content
+        )
         hs = hs if self.aux_loss else hs[-1:]
-        logits, boxes = self.class_embed(hs), self.bbox_embed(hs).sigmoid()
+        logits = self.class_embed(hs)
+        with _autocast_off(hs.device):  # bfloat16 would blur the boxes
+            boxes = self.bbox_embed(hs.to(query_embed.dtype)).sigmoid()
 
         layers = zip(logits, boxes)
         *earlier, last = [{"pred_logits": c, "pred_boxes": b} for c, b in layers]
         return last | {"aux_outputs": earlier} if self.aux_loss else last
 
-# %% ../nbs/06_detr.ipynb #c90ab15e
+# %% ../nbs/06_detr.ipynb #cf5f9881
+def _refuse_nonfinite_answers(logits: Tensor, boxes: Tensor) -> None:
+    """Stops before a NaN is sorted among the scores."""
+    if torch.compiler.is_compiling():
+        return
+    sick = ~(logits.isfinite().flatten(1).all(1) & boxes.isfinite().flatten(1).all(1))
+    if sick.any():
+        raise ValueError(
+            f"the model's answers for picture {sick.nonzero()[0].item()} of the batch are "
+            "not finite: look for NaN in its weights or in the picture"
+        )
+
+# %% ../nbs/06_detr.ipynb #bfdb6021
 class PostProcess(nn.Module):
     """Turns outputs into boxes to draw or score: all N, no threshold, no suppression."""
 
@@ -150,7 +179,8 @@ class PostProcess(nn.Module):
             not no-object) and "boxes" [N, 4] (x0, y0, x1, y1 in pixels).
 
         Raises:
-            ValueError: if there is not exactly one size per picture.
+            ValueError: if there is not exactly one size per picture, or an answer is not
+                finite.
         """
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
         if target_sizes.shape != (len(logits), 2):
@@ -158,7 +188,8 @@ class PostProcess(nn.Module):
                 f"target_sizes has the shape {list(target_sizes.shape)}: "
                 f"{len(logits)} pictures need one (height, width) each"
             )
-        scores, labels = logits.softmax(-1)[..., :-1].max(-1)
+        _refuse_nonfinite_answers(logits, boxes)
+        scores, labels = logits.float().softmax(-1)[..., :-1].max(-1)
         height, width = target_sizes.to(boxes).unbind(1)
         pixels = torch.stack([width, height, width, height], dim=1)
         boxes = box_convert(boxes, "cxcywh", "xyxy") * pixels[:, None]
@@ -329,7 +360,7 @@ def detr_resnet101_dc5(
     asked = (pretrained, num_classes, return_postprocessor)
     return _paper_model("detr_resnet101_dc5", *asked, **options)
 
-# %% ../nbs/06_detr.ipynb #a14f9463
+# %% ../nbs/06_detr.ipynb #6beb3404
 def detr_tiny(
     num_classes: int,
     num_queries: int = 16,
@@ -344,6 +375,7 @@ def detr_tiny(
     normalize_before: bool = True,
     temperature: float | int = 20,
     channels: Sequence[int] = (24, 48, 96),
+    learned_content: bool = True,
 ) -> DETR:
     """A DETR small enough to learn on two CPU cores: stride 8, every layer trains.
 
@@ -354,6 +386,7 @@ def detr_tiny(
         aux_loss: give every decoder layer's predictions.
         temperature: of the sine positions.
         channels: widths of the backbone's blocks.
+        learned_content: as in `DETR`.
     """
     transformer = Transformer(
         d_model,
@@ -367,7 +400,7 @@ def detr_tiny(
     )
     positions = PositionEmbeddingSine(d_model // 2, temperature, normalize=True)
     joiner = Joiner(TinyBackbone(channels), positions)
-    return DETR(joiner, transformer, num_classes, num_queries, aux_loss)
+    return DETR(joiner, transformer, num_classes, num_queries, aux_loss, learned_content)
 
 # %% ../nbs/06_detr.ipynb #17cb149c
 #: Every model of this package by name, for the trainer and the command line.

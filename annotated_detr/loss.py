@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['Matched', 'flatten_matches', 'classification_loss', 'box_losses', 'class_error', 'cardinality_error',
-           'foreground_accuracy', 'no_object_share', 'Normalizer', 'step_normalizer', 'layer_losses', 'SetCriterion',
-           'weighted_sum', 'build_criterion']
+           'foreground_accuracy', 'no_object_share', 'Normalizer', 'step_normalizer', 'layer_losses', 'match_layers',
+           'SetCriterion', 'weighted_sum', 'build_criterion']
 
 # %% ../nbs/08_loss.ipynb #6d400cb4
 from collections.abc import Callable, Sequence
@@ -17,11 +17,11 @@ from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from .matcher import HungarianMatcher, check_batch
 
-# %% ../nbs/08_loss.ipynb #d518f3e0
+# %% ../nbs/08_loss.ipynb #9824d8ba
 class Matched(NamedTuple):
-    """All matches of a batch: entry i tells which query of which picture answers for which box.
+    """All matches of a batch: which query of which picture answers for which box.
 
-    `target` counts through the true boxes of all pictures, as if they had been concatenated.
+    `target` counts through the true boxes of all pictures, as if they were concatenated.
     """
 
     picture: Int64[Tensor, " matched"]
@@ -33,7 +33,7 @@ def flatten_matches(
     matches: Sequence[tuple[Int64[Tensor, "_"], Int64[Tensor, "_"]]],
     device: torch.device | str = "cpu",
 ) -> Matched:
-    """Turn the matcher's pairs, one per picture, into indices for the batch, moved in one copy."""
+    """Turn the matcher's pairs, one per picture, into indices for the whole batch."""
     rows, offset = [], 0
     for position, (query, target) in enumerate(matches):
         rows.append(torch.stack([torch.full_like(query, position), query, target + offset]))
@@ -56,31 +56,31 @@ def classification_loss(
     flat = logits.float().flatten(0, 1), target_classes.flatten()
     return F.cross_entropy(*flat, class_weight, reduction="sum") / weight_sum
 
-# %% ../nbs/08_loss.ipynb #dfd90d76
+# %% ../nbs/08_loss.ipynb #e4d2123b
 def box_losses(
     boxes: Float[Tensor, "matched 4"], target_boxes: Float[Tensor, "matched 4"],
     num_boxes: Float[Tensor, ""],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """L1 distance and 1 - GIoU of matched boxes, summed and divided by `num_boxes` (Appendix A.2).
+    """L1 distance and 1 - GIoU of matched boxes, over `num_boxes` (Appendix A.2).
 
-    Boxes are (cx, cy, w, h) in 0..1. Without any match both losses are zero and still know their
-    way back to the predictions.
+    Boxes are (cx, cy, w, h) in 0..1. Without any match both losses are zero and still know
+    their way back to the predictions.
     """
     boxes, target_boxes = boxes.float(), target_boxes.float()
     distance = F.l1_loss(boxes, target_boxes, reduction="sum")
     corners = (box_convert(b, "cxcywh", "xyxy") for b in (boxes, target_boxes))
-    # No epsilon: a true box has an area, so no denominator is 0, and tiny boxes stay undistorted.
+    # No epsilon: true boxes have an area, so none is divided by 0; tiny boxes stay exact.
     giou = generalized_box_iou_loss(*corners, reduction="sum", eps=0)
     return distance / num_boxes, giou / num_boxes
 
-# %% ../nbs/08_loss.ipynb #f0230d89
+# %% ../nbs/08_loss.ipynb #9c1badaf
 @torch.no_grad()
 def class_error(
     logits: Float[Tensor, "matched classes"], labels: Int64[Tensor, " matched"]
 ) -> Float[Tensor, ""]:
-    """Percentage of matched queries whose highest score is not their class; 0 if none is matched.
+    """Percentage of matched queries whose highest score is not their class.
 
-    Answering no-object counts as wrong.
+    Answering no-object counts as wrong. 0 if nothing is matched.
     """
     wrong = (logits.argmax(-1) != labels).float()
     return 100 * wrong.sum() / max(len(labels), 1)
@@ -90,16 +90,16 @@ def class_error(
 def cardinality_error(
     logits: Float[Tensor, "B N classes"], num_boxes: Float[Tensor, " B"]
 ) -> Float[Tensor, ""]:
-    """By how many a picture's queries that claim an object differ from its boxes, on average."""
+    """By how many the queries that claim an object miss the number of boxes, on average."""
     claims = logits.argmax(-1) != logits.shape[-1] - 1
     return (claims.sum(1).float() - num_boxes).abs().mean()
 
-# %% ../nbs/08_loss.ipynb #ba614cb6
+# %% ../nbs/08_loss.ipynb #2f91d6cc
 @torch.no_grad()
 def foreground_accuracy(
     logits: Float[Tensor, "matched classes"], labels: Int64[Tensor, " matched"]
 ) -> Float[Tensor, ""]:
-    """Percentage of matched queries whose best class, no-object left out, is their box's class.
+    """Percentage of matched queries whose best class, no-object left out, is right.
 
     It moves long before `class_error` does. 100 if nothing is matched.
     """
@@ -112,7 +112,7 @@ def no_object_share(logits: Float[Tensor, "B N classes"]) -> Float[Tensor, ""]:
     """Percentage of all queries whose highest score is no-object."""
     return 100 * (logits.argmax(-1) == logits.shape[-1] - 1).float().mean()
 
-# %% ../nbs/08_loss.ipynb #dad3b7a5
+# %% ../nbs/08_loss.ipynb #783364d0
 class Normalizer(NamedTuple):
     """What the losses of one optimiser step are divided by."""
 
@@ -121,17 +121,19 @@ class Normalizer(NamedTuple):
 
 
 def step_normalizer(
-    targets: Sequence[dict[str, Any]], num_queries: int, class_weight: Float[Tensor, " classes"]
+    targets: Sequence[dict[str, Any]],
+    num_queries: int,
+    class_weight: Float[Tensor, " classes"],
 ) -> Normalizer:
     """Count the true boxes and add up the class weights of a whole optimiser step.
 
-    Of several processes, each gets the sum over all of them divided by their number: gradients that
-    are averaged over processes then equal those of one process that saw every picture.
+    Of several processes, each gets the sum over all of them divided by their number:
+    gradients that are averaged over processes then equal those of one process that saw all.
 
     Args:
-        targets: of every picture that this process sees in the step, all micro-batches together.
+        targets: of all pictures that this process sees in the step, in all micro-batches.
         num_queries: N, the queries of each picture.
-        class_weight: `SetCriterion.empty_weight`, a weight per class and the last for no-object.
+        class_weight: `SetCriterion.empty_weight`: of each class, the last of no-object.
     """
     labels = torch.cat([target["labels"] for target in targets])
     unmatched = num_queries * len(targets) - len(labels)
@@ -141,7 +143,8 @@ def step_normalizer(
         distributed.all_reduce(totals)
         processes = distributed.get_world_size()
     # A step without any box, or without any weight, must not divide by zero.
-    return Normalizer(totals[0].clamp(min=1) / processes, totals[1].clamp(min=1e-6) / processes)
+    num_boxes, weight_sum = totals[0].clamp(min=1), totals[1].clamp(min=1e-6)
+    return Normalizer(num_boxes / processes, weight_sum / processes)
 
 # %% ../nbs/08_loss.ipynb #f5244c56
 def layer_losses(
@@ -168,31 +171,44 @@ def layer_losses(
         values["cardinality_error"] = cardinality_error(logits, counts.to(logits.device))
     return values
 
-# %% ../nbs/08_loss.ipynb #d30c0bbb
+# %% ../nbs/08_loss.ipynb #f53c4398
+@torch.no_grad()
+def match_layers(
+    matcher: Callable[..., Any], layers: Sequence[dict[str, Any]],
+    targets: Sequence[dict[str, Any]],
+) -> list[Matched]:
+    """Match the predictions of several decoder layers in one call: the matches of each."""
+    names = ("pred_logits", "pred_boxes")
+    every = {name: torch.cat([layer[name] for layer in layers]) for name in names}
+    matches = matcher(every, [*targets] * len(layers))
+    B, device = len(targets), every["pred_logits"].device
+    return [flatten_matches(matches[i : i + B], device) for i in range(0, len(matches), B)]
+
+# %% ../nbs/08_loss.ipynb #f1d84de2
 class SetCriterion(nn.Module):
     """DETR's loss: match, then compare each query with its match (Section 3.1, Equation 2).
 
     Args:
         num_classes: K, the number of classes without no-object (largest category id + 1).
-        matcher: `matcher(outputs, targets)` is a (query_index, target_index) for each picture.
+        matcher: `matcher(outputs, targets)` is a (query_index, target_index) per picture.
         weight_dict: the weight of each loss in the total, by name.
         eos_coef: the weight of no-object in the classification, 0.1 in the paper.
-        losses: which to compute, from "labels", "boxes" and "cardinality"; others: ValueError.
+        losses: which to compute: "labels", "boxes", "cardinality"; else ValueError.
     """
 
     def __init__(
-        self, num_classes: int, matcher: Callable[..., Any], weight_dict: dict[str, int | float],
-        eos_coef: int | float, losses: Sequence[str],
-    ):
+        self, num_classes: int, matcher: Callable[..., Any],
+        weight_dict: dict[str, int | float], eos_coef: int | float, losses: Sequence[str],
+    ) -> None:
         super().__init__()
         for name in losses:
             if name not in ("labels", "boxes", "cardinality"):
-                raise ValueError(
-                    f"There is no loss called {name!r}: choose 'labels', 'boxes', 'cardinality'."
-                )
+                choices = "'labels', 'boxes', 'cardinality'"
+                raise ValueError(f"There is no loss called {name!r}: choose {choices}.")
         self.num_classes, self.matcher, self.weight_dict = num_classes, matcher, weight_dict
         self.eos_coef, self.losses = eos_coef, list(losses)
-        self.register_buffer("empty_weight", torch.tensor([1.0] * num_classes + [float(eos_coef)]))
+        weights = torch.tensor([1.0] * num_classes + [float(eos_coef)])
+        self.register_buffer("empty_weight", weights)
 
     def forward(
         self, outputs: dict[str, Any], targets: Sequence[dict[str, Any]],
@@ -200,36 +216,37 @@ class SetCriterion(nn.Module):
     ) -> dict[str, Float[Tensor, ""]]:
         """Every loss of every decoder layer; names of layer i but the last end in `_i`.
 
-        `normalizer`, from `step_normalizer`, is for optimiser steps of more than this batch. Raises
-        what `check_batch` raises, and ValueError if the model has another number of classes.
+        `normalizer`, of `step_normalizer`, is for optimiser steps of more than this batch.
+        Raises what `check_batch` raises, and ValueError if the model has other classes.
         """
         check_batch(outputs, targets)
         num_queries, num_scores = outputs["pred_logits"].shape[1:]
         if num_scores != self.num_classes + 1:
             raise ValueError(
                 f"The model scores {num_scores - 1} classes and the loss expects "
-                f"{self.num_classes}: build both with the same num_classes (largest id + 1)."
+                f"{self.num_classes}: build both with one num_classes (largest id + 1)."
             )
         class_weight = self.empty_weight.to(outputs["pred_logits"].device)
         normalizer = normalizer or step_normalizer(targets, num_queries, class_weight)
-        auxiliary = enumerate(outputs.get("aux_outputs", []))
-        layers, values = {"": outputs} | {f"_{i}": layer for i, layer in auxiliary}, {}
-        for suffix, layer in layers.items():
-            matched = flatten_matches(self.matcher(layer, targets), class_weight.device)
-            losses = layer_losses(layer, targets, matched, class_weight, normalizer, self.losses)
+        layers = [outputs, *outputs.get("aux_outputs", [])]
+        values = {}
+        for i, matched in enumerate(match_layers(self.matcher, layers, targets)):
+            step = class_weight, normalizer, self.losses
+            losses = layer_losses(layers[i], targets, matched, *step)
+            suffix = f"_{i - 1}" if i else ""  # the last layer comes first, without one
             values |= {name + suffix: value for name, value in losses.items()}
-        return {name: v for name, v in values.items() if not name.startswith("class_error_")}
+        return {k: v for k, v in values.items() if not k.startswith("class_error_")}
 
     def total(self, losses: dict[str, Float[Tensor, ""]]) -> Float[Tensor, ""]:
-        """The number to call `backward` on: what `forward` returned, weighted by `weight_dict`."""
+        """The number to call `backward` on: the losses of `forward`, weighted and added."""
         return weighted_sum(losses, self.weight_dict)
 
-# %% ../nbs/08_loss.ipynb #e07570c0
+# %% ../nbs/08_loss.ipynb #9456fc94
 def weighted_sum(
     losses: dict[str, Float[Tensor, ""]], weight_dict: dict[str, int | float]
 ) -> Float[Tensor, ""]:
-    """Every loss that has a weight, times its weight, added up; ValueError if none has one."""
-    weighted = [weight_dict[name] * value for name, value in losses.items() if name in weight_dict]
+    """All losses that have a weight, times it, added up; ValueError if none has one."""
+    weighted = [weight_dict[name] * losses[name] for name in losses if name in weight_dict]
     if not weighted:
         raise ValueError(
             f"None of the losses {sorted(losses)} has a weight: "
@@ -237,18 +254,18 @@ def weighted_sum(
         )
     return torch.stack(weighted).sum()
 
-# %% ../nbs/08_loss.ipynb #5596ee94
+# %% ../nbs/08_loss.ipynb #0464805c
 def build_criterion(
     num_classes: int, num_decoder_layers: int = 6, eos_coef: int | float = 0.1,
     ce_weight: int | float = 1, bbox_weight: int | float = 5, giou_weight: int | float = 2,
 ) -> SetCriterion:
-    """Matcher and loss with the same weights in every layer, by default the paper's (Appendix A.4).
+    """Matcher and loss with equal weights in all layers, those of Appendix A.4 by default.
 
     Args:
         num_classes: K, without no-object.
         num_decoder_layers: L; all are trained on when the model returns `aux_outputs`.
         eos_coef: weight of no-object in the classification.
-        ce_weight, bbox_weight, giou_weight: of class, L1 and GIoU, in the cost and in the loss.
+        ce_weight, bbox_weight, giou_weight: of class, L1, GIoU, in cost and loss.
     """
     weights = {"loss_ce": ce_weight, "loss_bbox": bbox_weight, "loss_giou": giou_weight}
     suffixes = ["", *(f"_{layer}" for layer in range(num_decoder_layers - 1))]

@@ -13,25 +13,25 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou
 
-# %% ../nbs/07_matcher.ipynb #3caff44c
+# %% ../nbs/07_matcher.ipynb #ef16e9ba
 def matching_cost(
     logits: Float[Tensor, "N classes"], boxes: Float[Tensor, "N 4"],
     labels: Int64[Tensor, " n"], target_boxes: Float[Tensor, "n 4"],
     cost_class: int | float = 1, cost_bbox: int | float = 1, cost_giou: int | float = 1,
 ) -> Float[Tensor, "N n"]:
-    """What each query of a picture would cost as the answer for each of its boxes (Section 3.1).
+    """What each query of a picture would cost as the answer for each box (Section 3.1).
 
     Everything is computed in float32, whatever the precision of the forward pass was.
 
     Args:
-        logits: scores of N queries for K classes and, in the last of K + 1 columns, for no-object.
+        logits: scores of N queries for K classes and, in the last column, for no-object.
         boxes: the N predicted boxes, (cx, cy, w, h) in 0..1 of the picture.
         labels: classes of the picture's n true boxes, each in 0..K-1.
         target_boxes: the n true boxes, in the form of `boxes`.
         cost_class, cost_bbox, cost_giou: weights of the three terms.
 
     Returns:
-        One row per query, one column per true box. Lower is better; negative values are normal.
+        One row per query, one column per true box. Lower is better; values may be negative.
     """
     boxes, target_boxes = boxes.float(), target_boxes.float()
     probability = logits.float().softmax(-1)
@@ -40,19 +40,27 @@ def matching_cost(
     overlap = generalized_box_iou(*corners)
     return cost_bbox * distance - cost_class * probability[:, labels] - cost_giou * overlap
 
-# %% ../nbs/07_matcher.ipynb #8e0daaf4
+# %% ../nbs/07_matcher.ipynb #32cd485f
 def picture_name(position: int, target: dict[str, Any]) -> str:
-    """What messages call a picture: its place in the batch, from 0, and its `image_id` if known."""
+    """What messages call a picture: its place in the batch, and its `image_id` if known."""
     name = f"picture {position} of the batch"
     return f"{name} (image_id {int(target['image_id'])})" if "image_id" in target else name
 
-# %% ../nbs/07_matcher.ipynb #dc0fe4cf
-def _check_shapes(logits: Float[Tensor, "B N classes"], targets: Sequence[dict[str, Any]]) -> None:
-    """Everything about the targets that is known without looking at their values."""
+# %% ../nbs/07_matcher.ipynb #14bf6666
+def _check_shapes(
+    logits: Tensor, boxes: Tensor, targets: Sequence[dict[str, Any]]
+) -> None:
+    """Everything that is known without looking at values."""
+    if logits.ndim != 3 or boxes.shape != (*logits.shape[:2], 4):
+        raise ValueError(
+            f"The model answered with logits {list(logits.shape)} and boxes "
+            f"{list(boxes.shape)}: they must be [B, N, K+1] and [B, N, 4]."
+        )
     if len(targets) != len(logits) or not targets:
         raise ValueError(
-            f"The model answered for {len(logits)} pictures and there are {len(targets)} targets: "
-            "give one target dictionary per picture, in the same order, for one picture or more."
+            f"The model answered for {len(logits)} pictures and there are {len(targets)} "
+            "targets: give one target dictionary per picture, in the same order, "
+            "for one picture or more."
         )
     for position, target in enumerate(targets):
         name = f"The target of {picture_name(position, target)}"
@@ -61,7 +69,7 @@ def _check_shapes(logits: Float[Tensor, "B N classes"], targets: Sequence[dict[s
             raise ValueError(f"{name} has no {' and no '.join(missing)}: give both.")
         _check_target(name, target["labels"], target["boxes"], logits)
 
-# %% ../nbs/07_matcher.ipynb #8f4e8ef1
+# %% ../nbs/07_matcher.ipynb #b3e7070a
 def _check_target(name: str, labels: Tensor, boxes: Tensor, logits: Tensor) -> None:
     """Dtypes, shapes, number and device of one picture's labels and boxes."""
     N, n = logits.shape[1], len(labels)
@@ -73,12 +81,14 @@ def _check_target(name: str, labels: Tensor, boxes: Tensor, logits: Tensor) -> N
     if labels.ndim != 1 or boxes.shape != (n, 4):
         raise ValueError(
             f"{name} has labels of shape {list(labels.shape)} and boxes of shape "
-            f"{list(boxes.shape)}: they must be [n] and [n, 4], and without any box [0] and [0, 4]."
+            f"{list(boxes.shape)}: they must be [n] and [n, 4], "
+            "and without any box [0] and [0, 4]."
         )
     if n > N:
         raise ValueError(
-            f"{name} has {n} boxes and the model has {N} queries, and each answers for one: "
-            f"build the model with num_queries={n} or more, or leave the picture out."
+            f"{name} has {n} boxes and the model has {N} queries, each of which answers "
+            f"for one: build the model with num_queries={n} or more, or leave the picture "
+            "out."
         )
     if {labels.device, boxes.device} != {logits.device}:
         raise ValueError(
@@ -86,7 +96,7 @@ def _check_target(name: str, labels: Tensor, boxes: Tensor, logits: Tensor) -> N
             "move it there first."
         )
 
-# %% ../nbs/07_matcher.ipynb #95137a29
+# %% ../nbs/07_matcher.ipynb #96f7d252
 SLACK = 1e-4  # how far rounding may carry a box over the edge, in sizes of the picture
 
 
@@ -105,9 +115,12 @@ def _box_cure(box: Float[Tensor, "4"]) -> str:
             f"is {values}, a box without area: "
             "drop it, and check that boxes are (cx, cy, w, h) and not corners."
         )
-    return f"is {values}, with its centre outside the picture: boxes are (cx, cy, w, h) in 0..1."
+    return (
+        f"is {values}, with its centre outside the picture: "
+        "boxes are (cx, cy, w, h) in 0..1."
+    )
 
-# %% ../nbs/07_matcher.ipynb #933c491e
+# %% ../nbs/07_matcher.ipynb #f03d62dd
 def _diagnosis(
     sick_picture: Bool[Tensor, " B"], sick_label: Bool[Tensor, " total"],
     sick_box: Bool[Tensor, " total"], targets: Sequence[dict[str, Any]], num_classes: int,
@@ -121,43 +134,52 @@ def _diagnosis(
         return (
             f"Box {index} of {names[at]} has label {int(targets[at]['labels'][index])}, "
             f"but a model of {num_classes} classes knows 0 to {num_classes - 1}: "
-            "build it with num_classes = largest category id + 1, or renumber the categories."
+            "build it with num_classes = largest category id + 1, "
+            "or renumber the categories."
         )
     if sick_box.any():
         at, index = owners[int(sick_box.nonzero()[0])]
         return f"Box {index} of {names[at]} {_box_cure(targets[at]['boxes'][index])}"
     return (
-        f"The predictions for {names[int(sick_picture.nonzero()[0])]} are not finite: look for a "
-        "learning rate that is too high, or half precision where float32 is needed."
+        f"The predictions for {names[int(sick_picture.nonzero()[0])]} are not finite: look "
+        "for a learning rate that is too high, or half precision where float32 is needed."
     )
 
-# %% ../nbs/07_matcher.ipynb #cd662737
+# %% ../nbs/07_matcher.ipynb #3f54d8c6
+def _finite_pictures(layer: dict[str, Tensor]) -> Bool[Tensor, " B"]:
+    """True for pictures whose predictions are all numbers."""
+    values = layer["pred_logits"].flatten(1), layer["pred_boxes"].flatten(1)
+    return torch.cat([value.isfinite() for value in values], dim=1).all(1)
+
+# %% ../nbs/07_matcher.ipynb #63f555b6
 def check_batch(outputs: dict[str, Any], targets: Sequence[dict[str, Any]]) -> None:
     """Stop with one sentence if predictions and targets cannot be matched.
 
     Args:
-        outputs: `pred_logits` [B, N, K+1] and `pred_boxes` [B, N, 4].
-        targets: B dictionaries with `labels` int64 [n] and `boxes` [n, 4], (cx, cy, w, h) in 0..1.
+        outputs: `pred_logits` [B, N, K+1] and `pred_boxes` [B, N, 4]; with `aux_outputs`,
+            those of the earlier decoder layers have to be finite, too.
+        targets: B dictionaries with `labels` int64 [n] and `boxes` [n, 4], cxcywh in 0..1.
 
     Raises:
         TypeError: if labels are not int64, or boxes are not floats.
-        ValueError: if anything else is wrong; the sentence names the picture, the box and the cure.
+        ValueError: if anything else is wrong; it names the picture, the box and the cure.
     """
-    logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
-    _check_shapes(logits, targets)
+    _check_shapes(outputs["pred_logits"], outputs["pred_boxes"], targets)
+    layers = [outputs, *outputs.get("aux_outputs", [])]
+    sick_picture = ~torch.stack([_finite_pictures(layer) for layer in layers]).all(0)
+    num_classes = outputs["pred_logits"].shape[2] - 1
     labels = torch.cat([target["labels"] for target in targets])
     truth = torch.cat([target["boxes"] for target in targets])
-    sick_picture = ~(logits.isfinite().flatten(1).all(1) & boxes.isfinite().flatten(1).all(1))
-    sick_label = (labels < 0) | (labels >= logits.shape[2] - 1)
+    sick_label = (labels < 0) | (labels >= num_classes)
     inside = (truth >= -SLACK) & (truth <= 1 + SLACK)  # a NaN fails every comparison
     sick_box = ~inside.all(1) | ~(truth[:, 2:] > 0).all(1)
-    if torch.cat([sick_picture, sick_label, sick_box]).any():  # the host waits here, and once
-        num_classes = logits.shape[2] - 1
-        raise ValueError(_diagnosis(sick_picture, sick_label, sick_box, targets, num_classes))
+    sick = sick_picture, sick_label, sick_box
+    if torch.cat(sick).any():  # the host waits here, and only here
+        raise ValueError(_diagnosis(*sick, targets, num_classes))
 
-# %% ../nbs/07_matcher.ipynb #73248f7b
+# %% ../nbs/07_matcher.ipynb #c04e7df8
 class HungarianMatcher(nn.Module):
-    """The cheapest assignment of one query to each true box, by picture (Section 3.1, Equation 1).
+    """The cheapest assignment of one query to each true box, by picture (Equation 1).
 
     Args:
         cost_class: weight of minus the probability of the true class.
@@ -169,13 +191,16 @@ class HungarianMatcher(nn.Module):
     """
 
     def __init__(
-        self, cost_class: int | float = 1, cost_bbox: int | float = 1, cost_giou: int | float = 1
-    ):
+        self,
+        cost_class: int | float = 1,
+        cost_bbox: int | float = 1,
+        cost_giou: int | float = 1,
+    ) -> None:
         super().__init__()
         if cost_class == 0 and cost_bbox == 0 and cost_giou == 0:
             raise ValueError(
-                "All weights of the matching cost are zero, so no query is better than another: "
-                "give one of them a value."
+                "All weights of the matching cost are zero, so no query is better than "
+                "another: give one of them a value."
             )
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
 
@@ -186,23 +211,24 @@ class HungarianMatcher(nn.Module):
         """Match every picture's boxes to queries.
 
         Args:
-            outputs: `pred_logits` [B, N, K+1] and `pred_boxes` [B, N, 4], (cx, cy, w, h) in 0..1.
+            outputs: `pred_logits` [B, N, K+1] and `pred_boxes` [B, N, 4], cxcywh in 0..1.
             targets: B dictionaries with `labels` int64 [n] and `boxes` [n, 4]; n may be 0.
 
         Returns:
-            Per picture `(query_index, target_index)`: int64, length n, on the CPU, sorted by query.
+            Per picture `(query_index, target_index)`: int64 [n], on the CPU, by query.
 
         Raises:
             TypeError, ValueError: if `check_batch` refuses the predictions or the targets.
         """
         check_batch(outputs, targets)
         weights = (self.cost_class, self.cost_bbox, self.cost_giou)
+        answers = zip(outputs["pred_logits"], outputs["pred_boxes"])
         costs = [
-            matching_cost(logits, boxes, target["labels"], target["boxes"], *weights)
-            for logits, boxes, target in zip(outputs["pred_logits"], outputs["pred_boxes"], targets)
+            matching_cost(*answer, target["labels"], target["boxes"], *weights)
+            for answer, target in zip(answers, targets)
         ]
-        # Assignments are solved on the host: all costs go there in one copy and are cut apart.
+        # Assignments are solved on the host: all costs go there in one copy, then apart.
         sizes = [len(target["labels"]) for target in targets]
         costs = torch.cat(costs, dim=1).cpu().split(sizes, dim=1)
-        assignments = [linear_sum_assignment(cost.numpy()) for cost in costs]
-        return [(torch.as_tensor(query), torch.as_tensor(box)) for query, box in assignments]
+        pairs = [linear_sum_assignment(cost.numpy()) for cost in costs]
+        return [(torch.as_tensor(query), torch.as_tensor(box)) for query, box in pairs]

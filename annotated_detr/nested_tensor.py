@@ -10,20 +10,22 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-# %% ../nbs/02_nested_tensor.ipynb #b1a24745
+# %% ../nbs/02_nested_tensor.ipynb #8f7fa316
 class NestedTensor:
-    """Pictures (or their features) padded to one size, and the mask that says what is padding.
+    """Pictures (or features) padded to one size, and a mask that says what is padding.
 
     Args:
         tensors: the padded batch, in any floating dtype.
         mask: True where a cell is padding, False where it belongs to a picture.
 
     Raises:
-        TypeError: if the mask is not bool.
-        ValueError: if the two do not describe the same cells.
+        TypeError: if the mask is not bool, or the tensors are not floating-point.
+        ValueError: if the two do not describe the same cells, or there is no picture.
     """
 
-    def __init__(self, tensors: Float[Tensor, "B C H0 W0"], mask: Bool[Tensor, "B H0 W0"]) -> None:
+    def __init__(
+        self, tensors: Float[Tensor, "B C H0 W0"], mask: Bool[Tensor, "B H0 W0"]
+    ) -> None:
         if mask.dtype != torch.bool:
             raise TypeError(
                 f"the mask is {mask.dtype}, but it has to be bool, True on padding: "
@@ -31,19 +33,28 @@ class NestedTensor:
             )
         if tensors.ndim != 4 or mask.shape != tensors[:, 0].shape:
             raise ValueError(
-                f"tensors {list(tensors.shape)} and mask {list(mask.shape)} do not describe the "
-                "same cells: they have to be [B, C, H0, W0] and [B, H0, W0]"
+                f"tensors {list(tensors.shape)} and mask {list(mask.shape)} do not "
+                "describe the same cells: they have to be [B, C, H0, W0] and [B, H0, W0]"
             )
+        if not tensors.is_floating_point():
+            raise TypeError(
+                f"the tensors of the batch are {tensors.dtype}: "
+                "scale and normalise the pictures to floats first"
+            )
+        if tensors.shape[0] == 0:
+            raise ValueError("the batch is empty: it needs at least one picture")
         self.tensors = tensors
         self.mask = mask
 
-    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "NestedTensor":
-        """The pair on another device; `non_blocking`: without waiting, if its memory is pinned."""
+    def to(
+        self, device: torch.device | str | int, non_blocking: bool = False
+    ) -> "NestedTensor":
+        """The pair on another device; `non_blocking`: no waiting if memory is pinned."""
         tensors = self.tensors.to(device, non_blocking=non_blocking)
         return NestedTensor(tensors, self.mask.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "NestedTensor":
-        """A copy in page-locked memory. A `DataLoader` with `pin_memory=True` calls this."""
+        """A copy in page-locked memory. `DataLoader`s with `pin_memory=True` call this."""
         return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory())
 
     def decompose(self) -> tuple[Float[Tensor, "B C H0 W0"], Bool[Tensor, "B H0 W0"]]:
@@ -51,17 +62,24 @@ class NestedTensor:
         return self.tensors, self.mask
 
     def __repr__(self) -> str:
+        shape, device = list(self.tensors.shape), self.tensors.device
         dtype = str(self.tensors.dtype).removeprefix("torch.")
         padding = "" if self.mask.is_meta else f", {self.mask.float().mean():.0%} padding"
-        return f"NestedTensor({list(self.tensors.shape)}, {dtype}, {self.tensors.device}{padding})"
+        return f"NestedTensor({shape}, {dtype}, {device}{padding})"
 
-# %% ../nbs/02_nested_tensor.ipynb #bcc77189
+# %% ../nbs/02_nested_tensor.ipynb #98da6dd2
 def _check_pictures(tensor_list: list[Tensor]) -> None:
     """Stop with a sentence that names the first picture that cannot be in a batch."""
-    if isinstance(tensor_list, Tensor) or not all(isinstance(p, Tensor) for p in tensor_list):
-        raise TypeError("a batch is made from a list of tensors [3, h, w], one for each picture")
+    if isinstance(tensor_list, Tensor) or not all(
+        isinstance(p, Tensor) for p in tensor_list
+    ):
+        raise TypeError(
+            "a batch is made from a list of tensors [3, h, w], one for each picture"
+        )
     if len(tensor_list) == 0:
-        raise ValueError("the list of pictures is empty: a batch needs at least one picture")
+        raise ValueError(
+            "the list of pictures is empty: a batch needs at least one picture"
+        )
     first = tensor_list[0]
     for i, picture in enumerate(tensor_list):
         shape = list(picture.shape)
@@ -91,8 +109,10 @@ def _check_pictures(tensor_list: list[Tensor]) -> None:
                 f"{first.dtype} on {first.device}: make them alike"
             )
 
-# %% ../nbs/02_nested_tensor.ipynb #54d248b7
-def nested_tensor_from_tensor_list(tensor_list: list[Float[Tensor, "3 _ _"]]) -> NestedTensor:
+# %% ../nbs/02_nested_tensor.ipynb #461dac83
+def nested_tensor_from_tensor_list(
+    tensor_list: list[Float[Tensor, "3 _ _"]],
+) -> NestedTensor:
     """Pad pictures with zeros, right and below, to the largest height and width among them.
 
     Args:
@@ -103,25 +123,30 @@ def nested_tensor_from_tensor_list(tensor_list: list[Float[Tensor, "3 _ _"]]) ->
 
     Raises:
         TypeError: if an entry is not a floating-point tensor.
-        ValueError: if the list is empty, or a picture is not [3, h, w], has no pixels, or differs
-            from the first in dtype or device.
+        ValueError: if the list is empty, or a picture is not [3, h, w], has no pixels, or
+            differs from the first in dtype or device.
     """
     _check_pictures(tensor_list)
     height = max(picture.shape[1] for picture in tensor_list)
     width = max(picture.shape[2] for picture in tensor_list)
     tensors = tensor_list[0].new_zeros(len(tensor_list), 3, height, width)
-    mask = torch.ones(len(tensor_list), height, width, dtype=torch.bool, device=tensors.device)
+    mask = torch.ones(
+        len(tensor_list), height, width, dtype=torch.bool, device=tensors.device
+    )
     for i, picture in enumerate(tensor_list):
         _, h, w = picture.shape
         tensors[i, :, :h, :w] = picture
         mask[i, :h, :w] = False
     return NestedTensor(tensors, mask)
 
-# %% ../nbs/02_nested_tensor.ipynb #d1e6677b
-def collate_fn(batch: list[tuple[Tensor, Any]]) -> tuple[NestedTensor, tuple[Any, ...]]:
-    """Turn a list of `(picture, target)` into `(NestedTensor, targets)`, for a `DataLoader`.
+# %% ../nbs/02_nested_tensor.ipynb #2325cbdd
+def collate_fn(
+    batch: list[tuple[Float[Tensor, "3 _ _"], Any]],
+) -> tuple[NestedTensor, tuple[Any, ...]]:
+    """Turn `(picture, target)` pairs into `(NestedTensor, targets)`, for a `DataLoader`.
 
-    The targets stay a tuple of dictionaries, since every picture has its own number of boxes.
+    The targets stay a tuple, since every picture has its own number of boxes. Raises what
+    `nested_tensor_from_tensor_list` raises.
     """
-    images, targets = zip(*batch, strict=True)
-    return nested_tensor_from_tensor_list(list(images)), targets
+    pictures = [picture for picture, _ in batch]
+    return nested_tensor_from_tensor_list(pictures), tuple(target for _, target in batch)

@@ -12,25 +12,25 @@ from torch import Tensor, nn
 
 from .nested_tensor import NestedTensor
 
-# %% ../nbs/04_positional_encoding.ipynb #a1c37094
+# %% ../nbs/04_positional_encoding.ipynb #bfc1eaa2
 def _waves(
     positions: Float[Tensor, "B H W"], num_pos_feats: int, temperature: float | int
 ) -> Float[Tensor, "B H W _"]:
-    """Each position as points on ever slower circles: sin in channel 2i, cos in channel 2i + 1."""
+    """Positions as points on ever slower circles: sin in channel 2i, cos in 2i + 1."""
     pair = torch.arange(num_pos_feats // 2, dtype=torch.float32, device=positions.device)
     angles = positions[..., None] / temperature ** (2 * pair / num_pos_feats)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
-# %% ../nbs/04_positional_encoding.ipynb #d8cf8f02
+# %% ../nbs/04_positional_encoding.ipynb #8d51c625
 class PositionEmbeddingSine(nn.Module):
     """Sines and cosines of a cell's row and column in its own picture (Appendix A.4).
 
-    Nothing is learned. Everything is computed in float32, whatever the dtype of the features.
+    Nothing is learned. All is computed in float32, whatever the dtype of the features.
 
     Args:
         num_pos_feats: channels for y, and as many again for x; even.
-        temperature: the slowest wave is almost `temperature` times as long as the fastest (2π).
-        normalize: divide by the picture's own last position, so that pictures end at `scale`.
+        temperature: the slowest wave is almost `temperature` times as long as the fastest.
+        normalize: divide by the picture's own last position: all pictures end at `scale`.
         scale: where normalised positions end; 2π unless given.
 
     Raises:
@@ -47,30 +47,33 @@ class PositionEmbeddingSine(nn.Module):
         super().__init__()
         if num_pos_feats % 2 != 0:
             raise ValueError(
-                f"num_pos_feats is {num_pos_feats}: it has to be even, so that sines and cosines pair"
+                f"num_pos_feats is {num_pos_feats}: "
+                "it has to be even, so that sines and cosines pair"
             )
         if scale is not None and not normalize:
-            raise ValueError("scale is where normalised positions end: pass normalize=True with it")
+            raise ValueError(
+                "scale is where normalised positions end: pass normalize=True with it"
+            )
         self.num_pos_feats = num_pos_feats
         self.temperature = temperature
         self.normalize = normalize
         self.scale = 2 * math.pi if scale is None else scale
 
     def forward(self, batch: NestedTensor) -> Float[Tensor, "B d H W"]:
-        """Positions [B, 2 · num_pos_feats, H, W] in float32: channels of y first, then of x."""
+        """Positions [B, 2 · num_pos_feats, H, W] in float32, the channels of y before x."""
         valid = ~batch.mask
         y = valid.cumsum(1, dtype=torch.float32)  # the first row of a picture is 1
         x = valid.cumsum(2, dtype=torch.float32)
         if self.normalize:
-            # A picture that is all padding would divide 0 by 0; the small number keeps it at 0.
+            # A picture of padding alone would be 0 / 0; the small number keeps it at 0.
             y = y / (y[:, -1:, :] + 1e-6) * self.scale
             x = x / (x[:, :, -1:] + 1e-6) * self.scale
         waves = [_waves(axis, self.num_pos_feats, self.temperature) for axis in (y, x)]
         return torch.cat(waves, dim=-1).permute(0, 3, 1, 2)
 
-# %% ../nbs/04_positional_encoding.ipynb #959bb118
+# %% ../nbs/04_positional_encoding.ipynb #0ba357e2
 class PositionEmbeddingLearned(nn.Module):
-    """A learned vector for every column and one for every row, up to 50 of each (Section 4.2).
+    """A learned vector for every column and every row, up to 50 of each (Section 4.2).
 
     Args:
         num_pos_feats: channels for x, and as many again for y.
@@ -91,20 +94,22 @@ class PositionEmbeddingLearned(nn.Module):
         """
         B, H, W = batch.mask.shape
         if H > 50 or W > 50:
+            rows, columns = (~batch.mask).any(2).sum(1), (~batch.mask).any(1).sum(1)
+            largest = torch.maximum(rows, columns).argmax().item()
             raise ValueError(
                 f"the feature map is {H}×{W} cells and the learned positions end at 50: "
-                "make the pictures smaller or use sine positions"
+                f"make picture {largest} of the batch smaller, or use sine positions"
             )
         x = self.col_embed.weight[:W].expand(H, W, -1)
         y = self.row_embed.weight[:H, None].expand(H, W, -1)
         return torch.cat((x, y), dim=-1).permute(2, 0, 1).expand(B, -1, H, W)
 
-# %% ../nbs/04_positional_encoding.ipynb #e2318181
+# %% ../nbs/04_positional_encoding.ipynb #b510fef0
 class Joiner(nn.Sequential):
     """A backbone followed by a positional encoding of each of its feature maps.
 
     Args:
-        backbone: turns a NestedTensor into a dictionary of them, and knows its `num_channels`.
+        backbone: turns a NestedTensor into a dictionary of them; knows its `num_channels`.
         position_embedding: turns a NestedTensor into positions [B, d, H, W].
     """
 
@@ -115,7 +120,11 @@ class Joiner(nn.Sequential):
     def forward(
         self, batch: NestedTensor
     ) -> tuple[list[NestedTensor], list[Float[Tensor, "B d _ _"]]]:
-        """The feature maps, first to last layer, and the positions of each, in its dtype."""
+        """The feature maps, first to last layer, and the positions of each.
+
+        Positions have the pictures' dtype: under autocast features are bfloat16 and
+        positions stay float32; in a model that is bfloat16 as a whole both are.
+        """
         backbone, position_embedding = self
         features = list(backbone(batch).values())
-        return features, [position_embedding(f).to(f.tensors.dtype) for f in features]
+        return features, [position_embedding(f).to(batch.tensors.dtype) for f in features]

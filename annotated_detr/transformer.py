@@ -4,9 +4,9 @@
 __all__ = ['MultiheadAttention', 'TransformerEncoderLayer', 'TransformerEncoder', 'attention_weights', 'record_attention',
            'TransformerDecoderLayer', 'TransformerDecoder', 'Transformer']
 
-# %% ../nbs/05_transformer.ipynb #a78cdb20
+# %% ../nbs/05_transformer.ipynb #fbdadf7b
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-# %% ../nbs/05_transformer.ipynb #8b61dc2d
+# %% ../nbs/05_transformer.ipynb #4da8f7a8
 class MultiheadAttention(nn.Module):
     """Multi-head attention (Appendix A.1), its parameters named as in `torch.nn`.
 
@@ -28,7 +28,7 @@ class MultiheadAttention(nn.Module):
         ValueError: if `nhead` does not divide `d_model`.
     """
 
-    def __init__(self, d_model: int, nhead: int, dropout: float | int = 0.0):
+    def __init__(self, d_model: int, nhead: int, dropout: float | int = 0.0) -> None:
         super().__init__()
         if d_model % nhead:
             raise ValueError(
@@ -69,17 +69,17 @@ class MultiheadAttention(nn.Module):
         )
         return self.out_proj(heads.transpose(1, 2).flatten(2))
 
-# %% ../nbs/05_transformer.ipynb #53074343
+# %% ../nbs/05_transformer.ipynb #c270d99f
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 
 
-def _activation(name: str):
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
     if name not in ACTIVATIONS:
         choices = " or ".join(ACTIVATIONS)
         raise ValueError(f"there is no activation {name!r}: choose {choices}")
     return ACTIVATIONS[name]
 
-# %% ../nbs/05_transformer.ipynb #13ffd568
+# %% ../nbs/05_transformer.ipynb #024b4167
 class TransformerEncoderLayer(nn.Module):
     """Lets every token look at all, then think for itself (Section 3.2, Figure 10).
 
@@ -100,7 +100,7 @@ class TransformerEncoderLayer(nn.Module):
         dropout: float | int = 0.1,
         activation: str = "relu",
         normalize_before: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         self.self_attn = MultiheadAttention(d_model, nhead, dropout)
         self.linear1 = nn.Linear(d_model, dim_feedforward)
@@ -111,12 +111,17 @@ class TransformerEncoderLayer(nn.Module):
         self.activation = _activation(activation)
         self.normalize_before = normalize_before
 
-    def attend(self, tokens: Tensor, mask: Tensor | None, pos: Tensor) -> Tensor:
+    def attend(
+        self,
+        tokens: Float[Tensor, "B S d"],
+        mask: Bool[Tensor, "B S"] | None,
+        pos: Float[Tensor, "*B S d"],
+    ) -> Float[Tensor, "B S d"]:
         """The self-attention branch. Positions say where to look, not what is there."""
         query = key = tokens + pos
         return self.dropout(self.self_attn(query, key, tokens, mask))
 
-    def feed_forward(self, tokens: Tensor) -> Tensor:
+    def feed_forward(self, tokens: Float[Tensor, "B S d"]) -> Float[Tensor, "B S d"]:
         """The branch in which every token is alone."""
         hidden = self.dropout(self.activation(self.linear1(tokens)))
         return self.dropout(self.linear2(hidden))
@@ -134,7 +139,7 @@ class TransformerEncoderLayer(nn.Module):
         src = self.norm1(src + self.attend(src, mask, pos))
         return self.norm2(src + self.feed_forward(src))
 
-# %% ../nbs/05_transformer.ipynb #991ecf32
+# %% ../nbs/05_transformer.ipynb #8b46846e
 class TransformerEncoder(nn.Module):
     """A stack of copies of `encoder_layer`, then `norm` if there is one (Section 3.2).
 
@@ -147,7 +152,7 @@ class TransformerEncoder(nn.Module):
         encoder_layer: TransformerEncoderLayer,
         num_layers: int,
         norm: nn.Module | None = None,
-    ):
+    ) -> None:
         super().__init__()
         layers = [copy.deepcopy(encoder_layer) for _ in range(num_layers)]
         self.layers = nn.ModuleList(layers)
@@ -208,7 +213,7 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, Float[Tensor, "B M 
         for handle in handles:
             handle.remove()
 
-# %% ../nbs/05_transformer.ipynb #5f559568
+# %% ../nbs/05_transformer.ipynb #2a717bfb
 class TransformerDecoderLayer(TransformerEncoderLayer):
     """An encoder layer for the object queries, which also look at the memory (Figure 10).
 
@@ -223,7 +228,7 @@ class TransformerDecoderLayer(TransformerEncoderLayer):
         dropout: float | int = 0.1,
         activation: str = "relu",
         normalize_before: bool = False,
-    ):
+    ) -> None:
         super().__init__(
             d_model, nhead, dim_feedforward, dropout, activation, normalize_before
         )
@@ -232,12 +237,12 @@ class TransformerDecoderLayer(TransformerEncoderLayer):
 
     def look(
         self,
-        tgt: Tensor,
-        memory: Tensor,
-        mask: Tensor | None,
-        query_pos: Tensor,
-        pos: Tensor,
-    ) -> Tensor:
+        tgt: Float[Tensor, "B N d"],
+        memory: Float[Tensor, "B S d"],
+        mask: Bool[Tensor, "B S"] | None,
+        query_pos: Float[Tensor, "N d"],
+        pos: Float[Tensor, "B S d"],
+    ) -> Float[Tensor, "B N d"]:
         """The cross-attention branch: what the queries find in the memory."""
         query, key = tgt + query_pos, memory + pos
         return self.dropout(self.multihead_attn(query, key, memory, mask))
@@ -259,7 +264,7 @@ class TransformerDecoderLayer(TransformerEncoderLayer):
         tgt = self.norm2(tgt + self.look(tgt, memory, mask, query_pos, pos))
         return self.norm3(tgt + self.feed_forward(tgt))
 
-# %% ../nbs/05_transformer.ipynb #8b582bc2
+# %% ../nbs/05_transformer.ipynb #96bd04ec
 class TransformerDecoder(nn.Module):
     """A stack of copies of `decoder_layer`, one `norm` at every exit (Section 3.2).
 
@@ -276,7 +281,7 @@ class TransformerDecoder(nn.Module):
         num_layers: int,
         norm: nn.Module | None = None,
         return_intermediate: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         layers = [copy.deepcopy(decoder_layer) for _ in range(num_layers)]
         self.layers = nn.ModuleList(layers)
@@ -300,7 +305,7 @@ class TransformerDecoder(nn.Module):
             outputs = outputs[-1:]
         return self.norm(torch.stack(outputs))
 
-# %% ../nbs/05_transformer.ipynb #a750e0cf
+# %% ../nbs/05_transformer.ipynb #9f2388e7
 class Transformer(nn.Module):
     """DETR's encoder and decoder (Section 3.2, Figure 10).
 
@@ -325,7 +330,7 @@ class Transformer(nn.Module):
         activation: str = "relu",
         normalize_before: bool = False,
         return_intermediate_dec: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         options = (d_model, nhead, dim_feedforward, dropout, activation, normalize_before)
         encoder_norm = nn.LayerNorm(d_model) if normalize_before else None
@@ -349,6 +354,7 @@ class Transformer(nn.Module):
         mask: Bool[Tensor, "B H W"] | None,
         query_embed: Float[Tensor, "N d"],
         pos_embed: Float[Tensor, "B d H W"],
+        query_content: Float[Tensor, "N d"] | None = None,
     ) -> tuple[Float[Tensor, "L B N d"], Float[Tensor, "B d H W"]]:
         """Lets the queries find objects in a projected feature map.
 
@@ -357,13 +363,16 @@ class Transformer(nn.Module):
             mask: True on padding; None promises that there is none.
             query_embed: the object queries, shared by all pictures.
             pos_embed: the positional encoding of the feature map.
+            query_content: what the queries know before they look; zeros in the paper.
 
         Returns:
             The decoder's outputs (L = 1 unless all were asked for); the memory as a map.
         """
         tokens, pos = src.flatten(2).mT, pos_embed.flatten(2).mT
         padding = None if mask is None else mask.flatten(1)
-        tgt = query_embed.new_zeros(len(src), *query_embed.shape)
+        nothing = torch.zeros_like(query_embed)
+        tgt = nothing if query_content is None else query_content
+        tgt = tgt.expand(src.shape[0], *tgt.shape)
 
         memory = self.encoder(tokens, padding, pos)
         hs = self.decoder(tgt, memory, padding, query_embed, pos)

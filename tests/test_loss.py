@@ -1,7 +1,6 @@
-"""The loss: equal to the reference, to PyTorch's own, to one process when there are two, and to the big batch when it is cut."""
+"""The loss: equal to the reference and to PyTorch's own, indifferent to order, and to the big batch when it is cut (several processes: test_gradients.py)."""
 
 import math
-import multiprocessing
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from annotated_detr.loss import (
     class_error,
     flatten_matches,
     foreground_accuracy,
+    match_layers,
     no_object_share,
     step_normalizer,
     weighted_sum,
@@ -163,6 +163,23 @@ def test_the_order_of_targets_and_of_queries_does_not_matter(seed):
         torch.testing.assert_close(value, again[name], atol=1e-5, rtol=1e-5)
 
 
+def test_the_matcher_is_asked_once_for_all_layers_and_every_layer_gets_its_own_matches():
+    calls, matcher = [], HungarianMatcher(1, 5, 2)
+
+    def counting(outputs, targets):
+        calls.append(len(targets))
+        return matcher(outputs, targets)
+
+    outputs, targets = ToyHead()(random_features(4, 3)), random_targets(4, [2, 0, 3])
+    layers = [outputs, *outputs["aux_outputs"]]
+    found = match_layers(counting, layers, targets)
+    assert calls == [6]
+    for layer, matched in zip(layers, found, strict=True):
+        for ours, expected in zip(matched, flatten_matches(matcher(layer, targets)), strict=True):
+            assert torch.equal(ours, expected)
+    assert not torch.equal(found[0].query, found[1].query), "these two layers agree, so nothing is tested"
+
+
 def test_every_layer_is_matched_anew():
     targets = random_targets(1, [1])
     near, far = targets[0]["boxes"][0], torch.tensor([0.9, 0.9, 0.1, 0.1])
@@ -231,41 +248,6 @@ def test_micro_batches_equal_the_big_batch(cuts):
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-5)
     assert total == pytest.approx(criterion.total(criterion(model(features), targets)).item(), abs=1e-4)
-
-
-COUNTS = {"both ranks have boxes": [3, 1, 1, 0], "rank 1 has no box": [2, 1, 0, 0], "one box in all": [0, 1, 0, 0], "no box at all": [0, 0, 0, 0]}
-
-
-def train_on_two_ranks(rank, store, results):
-    """What one of two processes does: half of the pictures each, gradients averaged as DistributedDataParallel does."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    mine = slice(2 * rank, 2 * rank + 2)
-    averaged = {}
-    for name, counts in COUNTS.items():
-        model, criterion = ToyHead(), build_criterion(K, 2)
-        losses = criterion(model(random_features(5, 4)[mine]), random_targets(5, counts)[mine])
-        averaged[name] = gradients(model, criterion.total(losses))
-        for gradient in averaged[name].values():
-            torch.distributed.all_reduce(gradient)
-            gradient /= 2
-    if rank == 0:
-        torch.save(averaged, results)
-    torch.distributed.destroy_process_group()
-
-
-def test_two_ranks_equal_one_process(tmp_path):
-    results = tmp_path / "gradients.pt"
-    # A fork server imports torch and the package once for both processes.
-    multiprocessing.set_forkserver_preload(["annotated_detr.loss"])
-    arguments = (tmp_path / "store", results)
-    torch.multiprocessing.start_processes(train_on_two_ranks, arguments, nprocs=2, start_method="forkserver")
-    averaged = torch.load(results, weights_only=True)
-    for case, counts in COUNTS.items():
-        model, criterion = ToyHead(), build_criterion(K, 2)
-        expected = gradients(model, criterion.total(criterion(model(random_features(5, 4)), random_targets(5, counts))))
-        for name, gradient in expected.items():
-            torch.testing.assert_close(averaged[case][name], gradient, atol=1e-6, rtol=1e-5, msg=f"{case}: {name}")
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

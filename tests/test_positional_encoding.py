@@ -134,16 +134,17 @@ def test_learned_positions_put_x_first_and_learn():
     assert 0 <= embedding.row_embed.weight.min() and embedding.row_embed.weight.max() <= 1
 
 
-def test_positions_are_computed_in_float32_under_autocast_and_cast_by_joiner():
+def test_positions_are_float32_under_autocast_and_bfloat16_in_a_bfloat16_model():
     joiner = Joiner(TinyBackbone((8, 16)), PositionEmbeddingSine(8, normalize=True)).eval()
     batch = nested_tensor_from_tensor_list([torch.randn(3, 40, 64), torch.randn(3, 64, 24)])
     _, (expected,) = joiner(batch)
-    assert expected.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(joiner[1](joiner[0](batch)["0"]), expected)
         (feature,), (positions,) = joiner(batch)
-    assert positions.dtype == feature.tensors.dtype
-    assert torch.equal(positions, expected.to(positions.dtype))
+    assert feature.tensors.dtype == torch.bfloat16
+    assert positions.dtype == torch.float32 and torch.equal(positions, expected)
+    (feature,), (positions,) = joiner.bfloat16()(NestedTensor(batch.tensors.bfloat16(), batch.mask))
+    assert feature.tensors.dtype == positions.dtype == torch.bfloat16
+    assert torch.equal(positions, expected.bfloat16()), "counted in float32, and rounded once"
 
 
 def test_joiner_keeps_the_checkpoints_names_and_the_order_of_layers():
@@ -160,8 +161,11 @@ def test_bad_requests_are_refused_with_a_sentence():
         PositionEmbeddingSine(7)
     with pytest.raises(ValueError, match="pass normalize=True"):
         PositionEmbeddingSine(8, scale=1.0)
-    with pytest.raises(ValueError, match="51×3 cells and the learned positions end at 50"):
-        PositionEmbeddingLearned(8)(padded([(51, 3)]))
+    with pytest.raises(ValueError, match="51×8 cells and the learned positions end at 50: make picture 1 of the batch smaller"):
+        PositionEmbeddingLearned(8)(padded([(5, 8), (51, 3)]))
+    with pytest.raises(ValueError, match="50×60 cells .* picture 0 of the batch"):
+        PositionEmbeddingLearned(8)(padded([(5, 60), (50, 50)]))
+    PositionEmbeddingLearned(8)(padded([(50, 3), (3, 50)]))
 
 
 def test_enforced_annotations_catch_swapped_height_and_width():

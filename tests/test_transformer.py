@@ -128,8 +128,13 @@ def test_outputs_permute_with_their_queries(normalize_before, order, seed):
     with torch.no_grad():
         hs, memory = model(src, mask, query_embed, pos)
         permuted, same_memory = model(src, mask, query_embed[list(order)], pos)
+        content = torch.randn(query_embed.shape, generator=torch.Generator().manual_seed(seed + 1))
+        with_content, _ = model(src, mask, query_embed, pos, content)
+        both_permuted, _ = model(src, mask, query_embed[list(order)], pos, content[list(order)])
     torch.testing.assert_close(permuted, hs[:, :, list(order)], rtol=0, atol=1e-5)
     torch.testing.assert_close(same_memory, memory, rtol=0, atol=0)
+    torch.testing.assert_close(both_permuted, with_content[:, :, list(order)], rtol=0, atol=1e-5)
+    assert not torch.allclose(with_content, hs, atol=1e-3), "the content of the queries is not used"
 
 
 @pytest.mark.parametrize("normalize_before", [False, True])
