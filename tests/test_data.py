@@ -650,21 +650,22 @@ def ends_in_a_report(folder: Path, work: Path, content: bytes) -> None:
     assert file.read_bytes() == content
 
 
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
 @pytest.mark.timeout(600)
 @settings(deadline=None, max_examples=300)
 @given(content=broken_files())
-def test_every_broken_file_ends_in_a_report(pictures, tmp_path_factory, content):
-    work = tmp_path_factory.getbasetemp() / "fuzz"
-    work.mkdir(exist_ok=True)
+def test_every_broken_file_ends_in_a_report(pictures, work, content):
     ends_in_a_report(pictures, work, content)
 
 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=6000)
 @given(content=broken_files())
-def test_thousands_of_broken_files_end_in_reports(pictures, tmp_path_factory, content):
-    work = tmp_path_factory.getbasetemp() / "fuzz"
-    work.mkdir(exist_ok=True)
+def test_thousands_of_broken_files_end_in_reports(pictures, work, content):
     ends_in_a_report(pictures, work, content)
 
 
