@@ -317,6 +317,31 @@ def test_training_lowers_the_loss(tmp_path):
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
+def test_a_run_that_is_too_short_is_told_so_before_it_starts(tmp_path):
+    assert "too few steps to learn: 6" in training.plan(start(SMALL, tmp_path / "run"))
+    assert training.warn_of_few_steps("tiny", 2_000) == "" != training.warn_of_few_steps("tiny", 1_999)
+    assert "weights that have learned COCO" in training.warn_of_few_steps("detr_resnet50", 5_000)
+    assert training.warn_of_few_steps("detr_resnet50", training.PAPER_STEPS) == ""
+
+
+def test_the_metrics_show_how_a_run_is_doing(finished):
+    for line in finished.folder.read_metrics("detr"):
+        assert 0 <= line["foreground_accuracy"] <= 100 and 0 <= line["no_object_share"] <= 100 and 0 <= line["box_spread"] <= 0.5
+        assert {"loss_ce", "loss_bbox_1", "loss_giou_0", "loss_dense", "class_error", "grad_norm", "lr"} <= line.keys()
+
+
+def test_vital_signs_tell_a_collapsed_model_from_a_healthy_one():
+    targets = [{"labels": torch.tensor([0, 1]), "boxes": torch.tensor([[0.2, 0.2, 0.1, 0.1], [0.8, 0.8, 0.1, 0.1]])}]
+    criterion = training.build_criterion(2)
+    logits = torch.tensor([[[9.0, 0, 0], [0, 9.0, 0], [0, 0, 9.0], [0, 0, 9.0]]])
+    boxes = torch.cat([targets[0]["boxes"], torch.tensor([[0.2, 0.8, 0.1, 0.1], [0.8, 0.2, 0.1, 0.1]])])[None]
+    healthy = training.vital_signs(criterion, {"pred_logits": logits, "pred_boxes": boxes}, targets)
+    alike = {"pred_logits": logits[:, 3:].expand(1, 4, 3), "pred_boxes": boxes[:, :1].expand(1, 4, 4)}
+    collapsed = training.vital_signs(criterion, alike, targets)
+    assert healthy["foreground_accuracy"] == 100 and healthy["no_object_share"] == 50 and healthy["box_spread"] > 0.3
+    assert collapsed["no_object_share"] == 100 and collapsed["box_spread"] == 0
+
+
 # Files of weights
 
 
