@@ -75,7 +75,7 @@ export: $(READY)
 # Two files: what the book and the tests run on, and the oldest versions that pyproject.toml admits.
 lock:
 	@[ -x $(UV) ] || { python=$$($(call find-python,python3.13 python3.12 python3.11 python3)); "$$python" -m venv $(VENV); $(PY) -m pip install --quiet uv==$(UV_VERSION); }
-	$(UV) pip compile --quiet --universal --upgrade --python-version 3.11 --all-extras --no-annotate --generate-hashes --no-emit-package annotated-detr \
+	$(UV) pip compile --quiet --universal --fork-strategy fewest --upgrade --python-version 3.11 --all-extras --no-annotate --generate-hashes --no-emit-package annotated-detr \
 	  --custom-compile-command "make lock" pyproject.toml -o book/lock.txt
 	$(UV) pip compile --quiet --universal --upgrade --python-version 3.11 --resolution lowest-direct --extra test --extra notebooks --extra tensorboard \
 	  --no-annotate --generate-hashes --custom-compile-command "make lock" pyproject.toml book/lock-oldest.in -o book/lock-oldest.txt

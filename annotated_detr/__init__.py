@@ -37,6 +37,7 @@ _EXPORTS = {
     "evaluation": ["evaluate", "Scores"],
     "training": ["TrainConfig", "Trainer", "ModelSpec", "save_model", "load_model"],
     "inference": ["predict", "load_detector"],
+    "pretrained": ["from_pretrained", "save_pretrained", "push_to_hub"],
     "scenes": ["running_batch", "running_batch_pil", "coco_folder"],
     "datasets": ["download", "convert_voc"],
     "figures": [],

@@ -29,6 +29,7 @@ CHAPTERS = [
     "09_evaluation",
     "10_training",
     "11_inference",
+    "12_pretrained",
 ]
 APPENDICES = ["scenes", "figures", "cli", "datasets"]
 GROUND_FLOOR = {"scenes": -3, "figures": -2, "datasets": -1}  # below chapter 01; each may import those before it
