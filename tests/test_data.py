@@ -1,5 +1,6 @@
 """Chapter 01: annotations become targets, pictures become tensors, and a broken data set is named before training."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -606,7 +607,7 @@ def broken_files(draw) -> bytes:
         container, key = places[draw(st.integers(0, len(places) - 1))]
         action = draw(st.sampled_from(["replace", "replace", "remove", "copy", "scale"]))
         if action == "replace":
-            container[key] = draw(JSON)
+            container[key] = copy.deepcopy(draw(JSON))  # hypothesis hands out one and the same [] again and again
         elif action == "remove":
             del container[key]
         elif action == "copy":
