@@ -4,8 +4,9 @@
 __all__ = ['SHIPPED', 'Detector', 'load_detector', 'Detections', 'predict', 'FolderReport', 'predict_folder', 'attention_maps',
            'attention_figure']
 
-# %% ../nbs/11_inference.ipynb #67f9e010
+# %% ../nbs/11_inference.ipynb #4ebbe1de
 import hashlib
+import io
 import json
 import math
 import os
@@ -29,7 +30,8 @@ from .data import flatten_to_rgb, make_coco_transforms, open_picture
 from .detr import PostProcess
 from .evaluation import eval_mode
 from .nested_tensor import nested_tensor_from_tensor_list
-from .training import load_model, write_atomically
+from .scenes import write_atomically
+from .training import load_model
 from .transformer import record_attention
 
 # %% ../nbs/11_inference.ipynb #491f9187
@@ -413,7 +415,7 @@ def _answer(
         journal.add(entry | {"detections": detections.rows(image_id)})
         yield journal.entries[name], picture
 
-# %% ../nbs/11_inference.ipynb #01a8b565
+# %% ../nbs/11_inference.ipynb #5635afb2
 def _drawn_path(out: Path, name: str) -> Path:
     """Where a drawn picture goes: under its own name, if browsers show that format."""
     shown = Path(name).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
@@ -427,9 +429,9 @@ def _draw_entry(entry: dict, picture: Image.Image, detector: Detector, out: Path
     drawn = figures.draw_boxes(picture, boxes, names, [row["score"] for row in rows])
     path = _drawn_path(out, entry["file_name"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f"{path.name}.half")
-    drawn.save(half, format=Image.registered_extensions()[path.suffix.lower()])
-    os.replace(half, path)
+    content = io.BytesIO()
+    drawn.save(content, format=Image.registered_extensions()[path.suffix.lower()])
+    write_atomically(path, content.getvalue(), flush=False)
 
 # %% ../nbs/11_inference.ipynb #3eb06284
 def attention_maps(detector: Detector, image: Image.Image) -> Float[Tensor, "N H W"]:

@@ -7,11 +7,12 @@ __all__ = ['PAPER', 'RECIPES', 'FEWEST_STEPS', 'PAPER_STEPS', 'DataConfig', 'Tra
            'process_number', 'processes', 'Learner', 'batch_losses', 'set_rates', 'first_non_finite', 'train_step',
            'RunFolder', 'save_checkpoint', 'read_state', 'restore_checkpoint', 'vital_signs', 'Trainer', 'batches',
            'score', 'to_device', 'keep_batch', 'is_time_to_score', 'fit', 'warn_of_few_steps', 'plan', 'start',
-           'resume']
+           'resume', 'plot_run', 'overfit_one_batch']
 
-# %% ../nbs/10_training.ipynb #b18023fb
+# %% ../nbs/10_training.ipynb #bce75989
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -28,6 +29,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
+from matplotlib.figure import Figure
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -35,7 +37,7 @@ from torchvision.ops import box_convert, generalized_box_iou_loss
 from tqdm import tqdm
 from tyro.conf import Suppress
 
-from . import scenes
+from . import figures, scenes
 from .backbone import has_random_frozen_layers
 from .data import CocoDetection, check_dataset, make_coco_transforms
 from .detr import DETR, PRESETS
@@ -87,7 +89,7 @@ class DataConfig:
     vertical_flip: bool = False
     num_workers: int = 0
 
-# %% ../nbs/10_training.ipynb #194fedf2
+# %% ../nbs/10_training.ipynb #ab1791f2
 @dataclass(frozen=True)
 class TrainConfig(DataConfig):
     """Everything that decides a training run. The defaults are the recipe for `tiny`;
@@ -96,6 +98,8 @@ class TrainConfig(DataConfig):
     Attributes:
         model: Name of the model, a key of `annotated_detr.detr.PRESETS`.
         num_queries: Object queries: the most boxes that one picture can receive.
+        model_options: Further arguments of the model, such as its number of layers; from
+            Python only.
         backbone_weights: Where the backbone of a paper model starts: a torchvision name
             such as IMAGENET1K_V1, or a file.
         epochs: Passes over the training pictures.
@@ -125,6 +129,7 @@ class TrainConfig(DataConfig):
 
     model: Suppress[str] = "tiny"  # the command line asks for it as the recipe's name
     num_queries: int = 16
+    model_options: Suppress[dict[str, Any]] = field(default_factory=dict)
     backbone_weights: str | None = None
     epochs: int = 10
     batch_size: int = 16
@@ -880,7 +885,7 @@ def vital_signs(
         "box_spread": boxes[..., :2].std(1).mean(),
     }
 
-# %% ../nbs/10_training.ipynb #7a916136
+# %% ../nbs/10_training.ipynb #e4fb0e06
 class Trainer:
     """A run: its pictures, its learner, its folder. `start` and `resume` open one, `fit`
     trains to the end.
@@ -897,7 +902,7 @@ class Trainer:
             config.num_queries,
             config.size,
             names,
-            {"aux_loss": True},
+            {"aux_loss": True, **config.model_options},
         )
         steps_per_epoch = math.ceil(len(self.pictures) / config.batch_size)
         self.learner = Learner(config, self.spec, steps_per_epoch)
@@ -1117,3 +1122,63 @@ def resume(path: str | Path) -> Trainer:
     elif trainer.rank == 0:
         folder.metrics.unlink(missing_ok=True)
     return trainer
+
+# %% ../nbs/10_training.ipynb #1c983b56
+def plot_run(folder: RunFolder) -> Figure:
+    """Loss and scores of a run against its steps.
+
+    Raises:
+        ValueError: if the run has not logged anything yet.
+    """
+    losses = [line for line in folder.read_metrics() if "loss" in line]
+    if not losses:
+        raise ValueError(f"{folder.path} has no metrics yet: nothing to draw")
+    scores = [line for line in folder.read_metrics("validation") if line["AP"] is not None]
+    fig, (above, below) = figures.subplots(2, 1, height=4.4)
+    for phase, lines in itertools.groupby(losses, key=lambda line: line["phase"]):
+        lines = list(lines)
+        above.plot(
+            [line["step"] for line in lines], [line["loss"] for line in lines], label=phase
+        )
+    for name in ("AP50", "AP"):
+        steps = [line["step"] for line in scores]
+        below.plot(steps, [line[name] for line in scores], label=name, marker=".")
+    above.set(ylabel="loss")
+    below.set(
+        ylabel="score on validation", xlabel="step", xlim=above.get_xlim(), ylim=(0, None)
+    )
+    above.legend(), below.legend()
+    return fig
+
+# %% ../nbs/10_training.ipynb #68f7a49e
+def overfit_one_batch(
+    config: TrainConfig, steps: int = 300, progress: bool = True
+) -> tuple[list[float], Scores]:
+    """Trains a fresh model on one batch of the training pictures, over and over; returns the
+    losses, and the scores on that same batch. Nothing is written.
+
+    Args:
+        config: of the run that is to be tried; its first `batch_size` pictures are taken, as
+            they are at evaluation.
+        steps: how often.
+        progress: show a bar.
+    """
+    config = replace(config, warmup_steps=0, epochs=steps, schedule="cosine", accumulate=1)
+    pictures, _ = open_datasets(config)
+    names = {str(id): name for id, name in pictures.class_names.items()}
+    classes = (pictures.num_classes, config.num_queries, config.size, names)
+    options = {"aux_loss": True, **config.model_options}
+    learner = Learner(config, ModelSpec(config.model, *classes, options), steps_per_epoch=1)
+    pictures.transforms = make_coco_transforms("val", size=config.size)
+    batch = [pictures[index] for index in range(min(config.batch_size, len(pictures)))]
+    samples, targets = to_device(collate_fn(batch), learner.device)
+    quiet = {} if progress else {"disable": True}
+    losses = []
+    with tqdm(range(steps), unit="step", **quiet) as bar:
+        for _ in bar:
+            losses.append(train_step(learner, (samples, targets))["loss"].item())
+            bar.set_postfix(loss=f"{losses[-1]:.2f}")
+    scores = evaluate(
+        learner.model, [(samples, targets)], pictures.coco, learner.device, progress=False
+    )
+    return losses, scores

@@ -1,6 +1,7 @@
 """The command line: what it prints, what it writes, and that mistakes end in one sentence and an exit code."""
 
 import json
+import re
 import os
 import signal
 import subprocess
@@ -42,7 +43,7 @@ def sentence(capsys, *arguments: str) -> str:
     return message
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["resume"], ["eval"], ["predict"], ["check"], ["scenes"], ["download"], ["convert-voc"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["resume"], ["eval"], ["predict"], ["check"], ["scenes"], ["download"], ["convert-voc"], ["overfit"], ["plot"]])
 def test_help_ends_well(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])
@@ -78,6 +79,23 @@ def test_a_run_scores_predicts_and_draws(run, photos, tmp_path, capsys):
     assert len(drawn) == 16
     with Image.open(drawn[0]) as picture:
         assert picture.size == (128, 128)
+
+
+def test_a_run_is_plotted(run, tmp_path, capsys):
+    cli.main(["plot", str(run), "--out", str(tmp_path / "curves.png")])
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > 500
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plot", str(run), "--out", str(tmp_path / "curves.png")])
+    assert "exists already" in str(stop.value.code)
+
+
+def test_a_batch_is_learned_by_heart(photos, capsys):
+    images, annotations = photos
+    options = ["--images", str(images), "--annotations", str(annotations), "--size", "64", "--batch-size", "2", "--ramp-steps", "5", "--device", "cpu"]
+    cli.main(["overfit", "--steps", "60", "tiny", *options])
+    first, last = re.search(r"loss ([\d.]+) at first, ([\d.]+) after 60 steps", capsys.readouterr().out).groups()
+    assert float(last) < 0.7 * float(first)
 
 
 def test_files_that_are_there_already_are_not_overwritten(run, photos, tmp_path, capsys):

@@ -324,6 +324,20 @@ def test_a_run_that_is_too_short_is_told_so_before_it_starts(tmp_path):
     assert training.warn_of_few_steps("detr_resnet50", training.PAPER_STEPS) == ""
 
 
+def test_one_batch_can_be_learned_by_heart():
+    config = replace(SMALL, scenes=8, batch_size=2, lr=1e-3, lr_backbone=1e-3, ramp_steps=10)
+    losses, scores = training.overfit_one_batch(config, steps=150, progress=False)
+    assert len(losses) == 150 and losses[-1] < 0.5 * losses[0] and scores.pictures == 2 and scores.AP50 > 0.3
+
+
+def test_a_run_is_drawn(finished, tmp_path):
+    above, below = training.plot_run(finished.folder).axes
+    assert [line.get_label() for line in above.lines] == ["warm-up", "detr"]
+    assert [list(line.get_xdata()) for line in below.lines] == [[6, 9]] * 2
+    with pytest.raises(ValueError, match="no metrics yet"):
+        training.plot_run(RunFolder(tmp_path))
+
+
 def test_the_metrics_show_how_a_run_is_doing(finished):
     for line in finished.folder.read_metrics("detr"):
         assert 0 <= line["foreground_accuracy"] <= 100 and 0 <= line["no_object_share"] <= 100 and 0 <= line["box_spread"] <= 0.5
