@@ -52,9 +52,9 @@ class MLP(nn.Module):
             x = F.relu(layer(x))
         return last(x)
 
-# %% ../nbs/06_detr.ipynb #8bdf1e4a
+# %% ../nbs/06_detr.ipynb #808dfd8e
 def _autocast_off(device: torch.device) -> AbstractContextManager:
-    """A region without autocast; none where it is off, so that exported programs have none."""
+    """A region without autocast; nothing where it is off, so that no export records one."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -73,7 +73,7 @@ def _refuse_blank_pictures(mask: Bool[Tensor, "B H W"]) -> None:
             "take it out of the batch, or correct its mask, which is True on padding"
         )
 
-# %% ../nbs/06_detr.ipynb #22293815
+# %% ../nbs/06_detr.ipynb #4312c060
 class DETR(nn.Module):
     """Pictures in, a set of boxes with classes out (Section 3.2, Figure 2).
 
@@ -85,8 +85,7 @@ class DETR(nn.Module):
         aux_loss: also give the predictions of every decoder layer but the last.
         learned_content: the queries start from a learned content, not from zeros.
 
-    Raises:
-        ValueError: if `aux_loss` asks for layers that the transformer keeps to itself.
+    Raises ValueError if `aux_loss` asks for layers that the transformer keeps to itself.
     """
 
     def __init__(
@@ -123,10 +122,7 @@ class DETR(nn.Module):
         Returns:
             "pred_logits" [B, N, K+1]; "pred_boxes" [B, N, 4], cxcywh in 0..1 of the
             picture without padding; with `aux_loss`, "aux_outputs": the same two for
-            each earlier layer.
-
-        Raises:
-            ValueError: if a picture is all padding.
+            each earlier layer. A picture that is all padding is a ValueError.
         """
         if not isinstance(samples, NestedTensor):
             samples = nested_tensor_from_tensor_list(samples)
@@ -134,11 +130,9 @@ class DETR(nn.Module):
         src, mask = features[-1].decompose()
         _refuse_blank_pictures(mask)
 
-        query_embed = self.query_embed.weight
+        query_embed, pos = self.query_embed.weight, positions[-1]
         content = self.query_content.weight if self.query_content is not None else None
-        hs, _ = self.transformer(
-            self.input_proj(src), mask, query_embed, positions[-1], content
-        )
+        hs, _ = self.transformer(self.input_proj(src), mask, query_embed, pos, content)
         hs = hs if self.aux_loss else hs[-1:]
         logits = self.class_embed(hs)
         with _autocast_off(hs.device):  # bfloat16 would blur the boxes

@@ -305,7 +305,7 @@ class TransformerDecoder(nn.Module):
             outputs = outputs[-1:]
         return self.norm(torch.stack(outputs))
 
-# %% ../nbs/05_transformer.ipynb #9f2388e7
+# %% ../nbs/05_transformer.ipynb #f308e41d
 class Transformer(nn.Module):
     """DETR's encoder and decoder (Section 3.2, Figure 10).
 
@@ -337,12 +337,8 @@ class Transformer(nn.Module):
         self.encoder = TransformerEncoder(
             TransformerEncoderLayer(*options), num_encoder_layers, encoder_norm
         )
-        self.decoder = TransformerDecoder(
-            TransformerDecoderLayer(*options),
-            num_decoder_layers,
-            nn.LayerNorm(d_model),
-            return_intermediate_dec,
-        )
+        stack = TransformerDecoderLayer(*options), num_decoder_layers, nn.LayerNorm(d_model)
+        self.decoder = TransformerDecoder(*stack, return_intermediate_dec)
         self.d_model = d_model
         for parameter in self.parameters():
             if parameter.dim() > 1:

@@ -17,7 +17,7 @@ from annotated_detr.nested_tensor import nested_tensor_from_tensor_list
 def smallest():
     """A DETR with every kind of layer and few numbers, so that compiling it is quick."""
     torch.manual_seed(0)
-    sizes = dict(d_model=32, nhead=2, num_encoder_layers=1, num_decoder_layers=2, dim_feedforward=64, channels=(8, 16))
+    sizes = dict(d_model=32, nhead=2, num_encoder_layers=1, num_decoder_layers=2, dim_feedforward=64, channels=(8,))
     return detr_tiny(6, num_queries=5, **sizes).eval()
 
 
