@@ -729,7 +729,7 @@ def _model_card(
     )
     return "\n".join(lines)
 
-# %% ../nbs/12_pretrained.ipynb #74d60e3c
+# %% ../nbs/12_pretrained.ipynb #16c92dda
 def save_pretrained(
     model: nn.Module,
     folder: str | Path,
@@ -762,10 +762,9 @@ def save_pretrained(
         )
     _refuse_other_model(model, spec)
     folder.mkdir(parents=True, exist_ok=True)
+    described = {"annotated_detr": asdict(spec), "annotated_detr_version": __version__}
+    _write_json(config, described)  # first: it marks the folder as ours
     save_model(weights, model, spec)
-    _write_json(
-        config, {"annotated_detr": asdict(spec), "annotated_detr_version": __version__}
-    )
     if not card.exists() or _MARK in card.read_text(encoding="utf8"):
         write_atomically(card, _model_card(model, spec, scores).encode())
     return folder
