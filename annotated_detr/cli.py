@@ -4,7 +4,7 @@
 __all__ = ['app', 'Recipe', 'train', 'resume', 'overfit', 'plot', 'eval_', 'predict', 'check', 'scenes_', 'download',
            'convert_voc', 'main']
 
-# %% ../nbs/cli.ipynb #e8004f7e
+# %% ../nbs/cli.ipynb #98080143
 import os
 import sys
 from pathlib import Path
@@ -15,7 +15,15 @@ from torch.utils.data import DataLoader
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional
 from tyro.extras import SubcommandApp, subcommand_type_from_defaults
 
-from . import data, datasets, evaluation, inference, scenes, training
+from annotated_detr import (
+    data,
+    datasets,
+    evaluation,
+    inference,
+    pretrained,
+    scenes,
+    training,
+)
 from .nested_tensor import collate_fn
 
 # %% ../nbs/cli.ipynb #798654b4
@@ -95,7 +103,7 @@ def plot(run: Positional[Path], out: Path | None = None) -> None:
     figure.savefig(out, dpi=200, facecolor="white")
     print(f"drawn: {out}")
 
-# %% ../nbs/cli.ipynb #b0416949
+# %% ../nbs/cli.ipynb #96409752
 @app.command(name="eval")
 def eval_(
     model: Positional[str],
@@ -110,8 +118,8 @@ def eval_(
     if none are given.
 
     Args:
-        model: Folder of a run, a .safetensors file, or tiny-scenes, the detector that the
-            package brings.
+        model: Folder of a run; a .safetensors or .pth file; a model of the paper, such as
+            detr_resnet50; a Hugging Face folder or name; or tiny-scenes, which comes along.
         images: Folder of pictures.
         annotations: Their COCO annotation file.
         batch_size: Pictures in a batch; padding depends on it, so it belongs to the result.
@@ -126,7 +134,7 @@ def eval_(
         )
     if out is not None and out.exists():
         raise FileExistsError(f"{out} exists already: name a new one for the scores")
-    detector = inference.load_detector(model, training.pick_device(device))
+    detector = pretrained.pretrained_detector(model, str(training.pick_device(device)))
     sizes = None
     if images is None:
         images, annotations = scenes.coco_folder(None, "test", 500)
@@ -150,7 +158,7 @@ def eval_(
         scores = evaluation.save_evaluation(scorer, out, scorer.results)
     print(scores)
 
-# %% ../nbs/cli.ipynb #8b61b716
+# %% ../nbs/cli.ipynb #7e671c01
 @app.command
 def predict(
     model: Positional[str],
@@ -164,15 +172,15 @@ def predict(
     COCO's results format.
 
     Args:
-        model: Folder of a run, a .safetensors file, or tiny-scenes, the detector that the
-            package brings.
+        model: Folder of a run; a .safetensors or .pth file; a model of the paper, such as
+            detr_resnet50; a Hugging Face folder or name; or tiny-scenes, which comes along.
         pictures: Pictures, or one folder of pictures.
         out: New folder for the drawn pictures and predictions.json.
         threshold: The least score of a box that is kept, from 0 to 1.
         batch_size: Pictures in a batch; more than one pads them to one size.
         device: auto takes the GPU where there is one.
     """
-    detector = inference.load_detector(model, training.pick_device(device))
+    detector = pretrained.pretrained_detector(model, str(training.pick_device(device)))
     inputs = pictures[0] if len(pictures) == 1 else pictures
     report = inference.predict_folder(detector, inputs, out, threshold, batch_size)
     print(

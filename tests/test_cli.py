@@ -15,6 +15,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from annotated_detr import cli, datasets, scenes
+from annotated_detr.training import RunFolder
 
 TINY = ["tiny", "--epochs", "2", "--batch-size", "8", "--warmup-steps", "2", "--size", "64", "--save-every", "1", "--log-every", "1", "--device", "cpu"]
 
@@ -214,11 +215,11 @@ def long_run(tmp_path, photos):
     # A background job of a script inherits "ignore Ctrl-C", and would hand it on.
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
-    state = run / "checkpoints" / "state.pt"
+    folder = RunFolder(run)
     deadline = time.monotonic() + 120
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not folder.states and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert state.exists() and process.poll() is None
+    assert folder.states and process.poll() is None
     yield run, process
     process.kill()
     process.communicate()
