@@ -54,7 +54,10 @@ def test_micro_batches_of_a_whole_detector_equal_the_big_batch(two_ranks, case, 
         summed = {name: summed[name] + of_piece[name].item() for name in of_piece}
         start += size
     assert_equal_gradients(two_ranks.gradients(detector), expected, f"{case} cut into {cuts}")
-    assert all(gradient.any() for gradient in expected.values()), "a gradient of zero compares nothing"
+    # The queries' content starts as zeros, so the first self-attention has nothing to learn yet; all else has.
+    silent = {name for name, gradient in expected.items() if not gradient.any()}
+    first = "transformer.decoder.layers.0."
+    assert silent <= {first + "self_attn.in_proj_weight", first + "self_attn.out_proj.weight", first + "norm1.weight"}
     for name in losses:
         if name.startswith("loss_"):
             assert summed[name] == pytest.approx(losses[name].item(), rel=1e-4, abs=1e-5), name
