@@ -324,6 +324,18 @@ def test_a_run_that_is_too_short_is_told_so_before_it_starts(tmp_path):
     assert training.warn_of_few_steps("detr_resnet50", training.PAPER_STEPS) == ""
 
 
+def test_half_precision_trains_nearly_like_whole(tmp_path):
+    config = replace(SMALL, scenes=16, epochs=2)
+    curves = []
+    for precision in ("float32", "bfloat16"):
+        trainer = start(replace(config, precision=precision), tmp_path / precision)
+        fit(trainer, progress=False)
+        curves.append([line["loss"] for line in trainer.folder.read_metrics() if "loss" in line])
+        assert all(parameter.dtype == torch.float32 for parameter in trainer.learner.model.parameters())
+    assert curves[0] != curves[1], "bfloat16 was not used"
+    assert curves[1] == pytest.approx(curves[0], rel=0.1)
+
+
 def test_one_batch_can_be_learned_by_heart():
     config = replace(SMALL, scenes=8, batch_size=2, lr=1e-3, lr_backbone=1e-3, ramp_steps=10)
     losses, scores = training.overfit_one_batch(config, steps=150, progress=False)
