@@ -297,7 +297,7 @@ def convert_voc(
     print(done)
     print(f"pictures stay in {done.img_folder}")
 
-# %% ../nbs/cli.ipynb #0a618246
+# %% ../nbs/cli.ipynb #cf68d1c3
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; `arguments` are those of the shell if not given."""
     try:
@@ -312,7 +312,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:  # whoever read our output, `head` for one, has had enough
         sys.stdout = open(os.devnull, "w")
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
         sys.exit(f"annotated-detr: {error}")
 
 

@@ -82,6 +82,12 @@ def test_a_run_scores_predicts_and_draws(run, photos, tmp_path, capsys):
         assert picture.size == (128, 128)
 
 
+def test_a_name_on_the_hub_without_its_client_is_a_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(SystemExit, match=r"annotated-detr: someone/a-model is no file or folder .* pip install"):
+        cli.main(["eval", "someone/a-model"])
+
+
 def test_a_run_is_plotted(run, tmp_path, capsys):
     cli.main(["plot", str(run), "--out", str(tmp_path / "curves.png")])
     with Image.open(tmp_path / "curves.png") as picture:
