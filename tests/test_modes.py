@@ -166,6 +166,8 @@ class Plain(nn.Module):
 
 @pytest.mark.parametrize("name", ["tiny", "resnet50"])
 def test_one_exported_program_serves_every_batch_height_and_width(unchecked, name, recipe):
+    if name == "resnet50" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15):
+        pytest.skip("torch 2.11 exports a ResNet for odd sizes only; it is tried with 2.15, where the size may stay open")
     model = Plain(tiny(aux_loss=False) if name == "tiny" else paper(recipe))
     batch, height, width = (torch.export.Dim(n, min=low, max=1333) for n, low in (("batch", 1), ("height", 33), ("width", 33)))
     open_axes = ({0: batch, 2: height, 3: width}, {0: batch, 1: height, 2: width})
