@@ -26,7 +26,7 @@ from annotated_detr import (
 )
 from .nested_tensor import collate_fn
 
-# %% ../nbs/cli.ipynb #798654b4
+# %% ../nbs/cli.ipynb #18b3be1c
 app = SubcommandApp()
 _ABOUT = {
     name: "The paper's model with the paper's recipe." for name in training.RECIPES
@@ -44,7 +44,7 @@ def train(run: Positional[Path], config: Recipe) -> None:
         config: Model and recipe; each has options of its own, see `annotated-detr train RUN
             tiny --help`.
     """
-    with training.processes(config.device):
+    with training.processes():
         _fit(training.start(config, run))
 
 

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'RECIPES', 'FEWEST_STEPS', 'PAPER_STEPS', 'DataConfig', 'TrainConfig', 'mix_seeds', 'TrainingOrder',
-           'AugmentedPictures', 'open_datasets', 'ModelSpec', 'save_model', 'load_model', 'cell_centres',
+           'AugmentedPictures', 'open_datasets', 'ModelSpec', 'spec_for', 'save_model', 'load_model', 'cell_centres',
            'dense_targets', 'DenseHead', 'Lesson', 'parameter_groups', 'rate_factor', 'build_model', 'pick_device',
            'process_number', 'processes', 'Learner', 'batch_losses', 'set_rates', 'first_non_finite', 'train_step',
            'RunFolder', 'save_checkpoint', 'read_state', 'restore_checkpoint', 'vital_signs', 'Trainer', 'batches',
@@ -279,7 +279,7 @@ def open_datasets(config: TrainConfig) -> tuple[CocoDetection, CocoDetection | N
         *val, transforms=transforms
     ) if val else None
 
-# %% ../nbs/10_training.ipynb #935fae2d
+# %% ../nbs/10_training.ipynb #87e3ecef
 @dataclass(frozen=True)
 class ModelSpec:
     """What it takes to build a detector again and to read its answers.
@@ -309,6 +309,18 @@ class ModelSpec:
         return PRESETS[self.model](
             num_classes=self.num_classes, num_queries=self.num_queries, **self.model_options
         )
+
+
+def spec_for(config: TrainConfig, pictures: CocoDetection) -> ModelSpec:
+    """The specification of the model that a run trains on these pictures."""
+    return ModelSpec(
+        config.model,
+        pictures.num_classes,
+        config.num_queries,
+        config.size,
+        {str(id): name for id, name in pictures.class_names.items()},
+        {"aux_loss": True, **config.model_options},
+    )
 
 # %% ../nbs/10_training.ipynb #82ff70db
 def save_model(path: str | Path, model: nn.Module, spec: ModelSpec) -> None:
@@ -540,15 +552,16 @@ def process_number() -> tuple[int, int]:
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
 
-# %% ../nbs/10_training.ipynb #070cbe51
+# %% ../nbs/10_training.ipynb #78ebf922
 @contextlib.contextmanager
-def processes(device: str = "auto") -> Iterator[None]:
+def processes() -> Iterator[None]:
     """Joins the other processes inside the `with` block, if torchrun started this one."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
-    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    # NCCL for what lies on GPUs, Gloo for the rest: so it does not matter where a run trains.
+    on_gpus = torch.cuda.is_available()
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
     try:
         yield
     finally:
@@ -885,7 +898,7 @@ def vital_signs(
         "box_spread": boxes[..., :2].std(1).mean(),
     }
 
-# %% ../nbs/10_training.ipynb #e4fb0e06
+# %% ../nbs/10_training.ipynb #eaa49ea1
 class Trainer:
     """A run: its pictures, its learner, its folder. `start` and `resume` open one, `fit`
     trains to the end.
@@ -895,15 +908,7 @@ class Trainer:
         self.config, self.folder = config, folder
         self.rank, self.processes = process_number()
         self.pictures, self.val_pictures = open_datasets(config)
-        names = {str(id): name for id, name in self.pictures.class_names.items()}
-        self.spec = ModelSpec(
-            config.model,
-            self.pictures.num_classes,
-            config.num_queries,
-            config.size,
-            names,
-            {"aux_loss": True, **config.model_options},
-        )
+        self.spec = spec_for(config, self.pictures)
         steps_per_epoch = math.ceil(len(self.pictures) / config.batch_size)
         self.learner = Learner(config, self.spec, steps_per_epoch)
         self.progress = {"seconds": 0.0, "best": -1.0}
@@ -1061,9 +1066,9 @@ def fit(trainer: Trainer, progress: bool = True) -> None:
             if scoring or learner.step % config.save_every == 0:
                 trainer.save()
 
-# %% ../nbs/10_training.ipynb #5c89d1b6
+# %% ../nbs/10_training.ipynb #2913f947
 FEWEST_STEPS = {"tiny": 2_000}  # it has only left its first plateau by then
-PAPER_STEPS = 924_500  # 118,287 pictures, 500 epochs, 64 in a step
+PAPER_STEPS = math.ceil(118_287 / PAPER.batch_size) * PAPER.epochs  # on COCO
 
 
 def warn_of_few_steps(model: str, steps: int) -> str:
@@ -1150,7 +1155,7 @@ def plot_run(folder: RunFolder) -> Figure:
     above.legend(), below.legend()
     return fig
 
-# %% ../nbs/10_training.ipynb #68f7a49e
+# %% ../nbs/10_training.ipynb #69862b6d
 def overfit_one_batch(
     config: TrainConfig, steps: int = 300, progress: bool = True
 ) -> tuple[list[float], Scores]:
@@ -1165,10 +1170,7 @@ def overfit_one_batch(
     """
     config = replace(config, warmup_steps=0, epochs=steps, schedule="cosine", accumulate=1)
     pictures, _ = open_datasets(config)
-    names = {str(id): name for id, name in pictures.class_names.items()}
-    classes = (pictures.num_classes, config.num_queries, config.size, names)
-    options = {"aux_loss": True, **config.model_options}
-    learner = Learner(config, ModelSpec(config.model, *classes, options), steps_per_epoch=1)
+    learner = Learner(config, spec_for(config, pictures), steps_per_epoch=1)
     pictures.transforms = make_coco_transforms("val", size=config.size)
     batch = [pictures[index] for index in range(min(config.batch_size, len(pictures)))]
     samples, targets = to_device(collate_fn(batch), learner.device)

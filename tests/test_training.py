@@ -418,7 +418,7 @@ TRAIN = """
 import sys, torch
 from pathlib import Path
 from annotated_detr import training as t
-with t.processes("cpu"):
+with t.processes():
     trainer = t.start(t.TrainConfig(**eval(sys.argv[1])), sys.argv[2])
     for module in trainer.learner.model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # a batch's statistics differ from those of its parts
