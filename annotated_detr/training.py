@@ -9,7 +9,7 @@ __all__ = ['PAPER', 'RECIPES', 'FEWEST_STEPS', 'PAPER_STEPS', 'DataConfig', 'Tra
            'batches', 'score', 'to_device', 'keep_batch', 'is_time_to_score', 'fit', 'warn_of_few_steps', 'plan',
            'start', 'resume', 'plot_run', 'overfit_one_batch']
 
-# %% ../nbs/10_training.ipynb #700fc429
+# %% ../nbs/10_training.ipynb #2bdcc535
 import contextlib
 import io
 import itertools
@@ -38,7 +38,7 @@ from torchvision.ops import box_convert
 from tyro.conf import Suppress
 
 from . import figures, scenes
-from .backbone import has_random_frozen_layers, tensors_only
+from .backbone import fold_frozen_norms, has_random_frozen_layers, tensors_only
 from .data import CocoDetection, check_dataset, make_coco_transforms
 from .detr import DETR, PRESETS
 from .evaluation import Scores, evaluate
@@ -566,7 +566,7 @@ def processes() -> Iterator[None]:
     finally:
         distributed.destroy_process_group()
 
-# %% ../nbs/10_training.ipynb #3e53bd2f
+# %% ../nbs/10_training.ipynb #dd89867b
 class Learner:
     """The part of a run that lives in memory: model, dense head, optimiser, and the step
     they are at.
@@ -582,6 +582,7 @@ class Learner:
         self.model = build_model(spec, config.backbone_weights).to(
             self.device, memory_format=torch.channels_last
         )
+        fold_frozen_norms(self.model)  # the same numbers, in less time
         self.lesson = Lesson(self.model, spec.num_classes).to(self.device)
         layers = len(self.model.transformer.decoder.layers)
         self.criterion = build_criterion(
