@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['KEYS_OF_TRANSFORMERS', 'to_hugging_face', 'from_hugging_face', 'save_for_transformers', 'LoadReport', 'Pretrained',
-           'load', 'from_pretrained', 'pretrained_detector', 'save_pretrained', 'push_to_hub']
+           'load', 'from_pretrained', 'pretrained_detector', 'finetune', 'save_pretrained', 'push_to_hub']
 
-# %% ../nbs/12_pretrained.ipynb #d0125d72
+# %% ../nbs/12_pretrained.ipynb #cc6e928c
 import argparse
 import json
 import re
@@ -23,7 +23,15 @@ from . import __version__
 from .detr import DETR, PAPER_MODELS, published_weights, tensors_only
 from .inference import SHIPPED, Detector, _weights_file
 from .scenes import IMAGENET_MEAN, IMAGENET_STD, write_atomically
-from .training import ModelSpec, load_model, save_model
+from annotated_detr.training import (
+    FinetuneConfig,
+    ModelSpec,
+    Trainer,
+    load_model,
+    open_datasets,
+    save_model,
+    start,
+)
 
 # %% ../nbs/12_pretrained.ipynb #90aca952
 #: Our names of tensors, and those in a file of transformers' `DetrForObjectDetection`.
@@ -697,6 +705,35 @@ def pretrained_detector(
     model, spec = from_pretrained(source, **options)
     names = {int(i): name for i, name in spec.class_names.items()}
     return Detector(model.to(device), names, spec.size)
+
+# %% ../nbs/12_pretrained.ipynb #8b64c6a4
+def finetune(config: FinetuneConfig, path: str | Path) -> Trainer:
+    """Opens a training run that starts from weights which have learned already; the class
+    head is made for the classes of the pictures. `annotated_detr.training.fit` trains it.
+
+    Args:
+        config: a recipe such as `FINETUNE_RECIPES["detr_resnet50"]`, with your pictures.
+        path: new folder for the run.
+
+    Raises:
+        FileExistsError: if the folder holds anything.
+        FileNotFoundError: if the weights are neither here nor reachable.
+        ValueError: if pictures or weights would not do.
+    """
+    pictures, _ = open_datasets(config)
+    source = config.weights or ("tiny-scenes" if config.model == "tiny" else config.model)
+    torch.manual_seed(config.seed)  # for the parts that start afresh
+    options = config.model_options | {"aux_loss": True}
+    loaded = load(
+        source, None, config.num_queries, class_names=pictures.class_names, **options
+    )
+    if loaded.spec.model != config.model:
+        raise ValueError(
+            f"{source} is a {loaded.spec.model}: fine-tune it with that recipe, not with the "
+            f"one for {config.model}"
+        )
+    config = replace(config, model_options=loaded.spec.model_options)
+    return start(config, path, loaded.model)
 
 # %% ../nbs/12_pretrained.ipynb #8baa791e
 _MARK = "<!-- written by annotated_detr.save_pretrained -->"
