@@ -12,7 +12,7 @@ __all__ = ['PAPER', 'RECIPES', 'PATIENCE', 'PAPER_PATIENCE', 'FEWEST_STEPS', 'PA
            'learned_something_else', 'never_shown', 'hardest_pictures', 'always_hardest', 'watch', 'warn_of_few_steps',
            'plan', 'start', 'resume', 'plot_run', 'overfit_one_batch']
 
-# %% ../nbs/10_training.ipynb #c15bc6f0
+# %% ../nbs/10_training.ipynb #4a267157
 import contextlib
 import io
 import itertools
@@ -38,6 +38,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.ops import box_convert, generalized_box_iou_loss
+from tqdm import tqdm
 from tyro.conf import Suppress
 
 from . import figures, scenes
@@ -1050,7 +1051,7 @@ def keep_batch(
     torch.save(batch, path)
     return path
 
-# %% ../nbs/10_training.ipynb #2e07b340
+# %% ../nbs/10_training.ipynb #86c4913b
 def is_time_to_score(learner: Learner) -> bool:
     """Whether the step just made was an epoch's last, and the epoch one to be scored."""
     config, done = learner.config, learner.step - learner.config.warmup_steps
