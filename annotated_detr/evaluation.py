@@ -5,7 +5,7 @@ __all__ = ['COCO_SIZES', 'TWELVE', 'average_precision', 'size_rule', 'ClassScore
            'predict_batches', 'collect', 'evaluate', 'precision_recall_curves', 'confusion_matrix', 'draw_curves',
            'draw_confusion', 'save_evaluation']
 
-# %% ../nbs/09_evaluation.ipynb #a3552798
+# %% ../nbs/09_evaluation.ipynb #f044cf0b
 import contextlib
 import io
 import json
@@ -22,10 +22,10 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
-from tqdm import tqdm
 
 from . import figures
 from .detr import PostProcess
+from .scenes import progress_bar
 
 # %% ../nbs/09_evaluation.ipynb #ea03f528
 def average_precision(correct: Bool[np.ndarray, " detections"], num_boxes: int) -> float:
@@ -398,7 +398,7 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
         for module, training in modes.items():
             module.training = training
 
-# %% ../nbs/09_evaluation.ipynb #afd4404a
+# %% ../nbs/09_evaluation.ipynb #e9560eba
 def predict_batches(
     model: nn.Module,
     data_loader: Iterable,
@@ -419,11 +419,9 @@ def predict_batches(
         are x0y0x1y1 in pixels of the original picture.
     """
     postprocess = PostProcess()
-    quiet = {} if progress else {"disable": True}
     with eval_mode(model):
-        for samples, targets in tqdm(
-            data_loader, "evaluate", unit="batch", leave=False, **quiet
-        ):
+        bar = {"desc": "evaluate", "unit": "batch", "leave": False}
+        for samples, targets in progress_bar(data_loader, progress, **bar):
             with torch.inference_mode():
                 outputs = model(samples.to(device))
                 # Boxes are relative to a picture without its padding: scale them by its own size.

@@ -4,7 +4,7 @@
 __all__ = ['KEYS_OF_TRANSFORMERS', 'to_hugging_face', 'from_hugging_face', 'save_for_transformers', 'LoadReport', 'Pretrained',
            'load', 'from_pretrained', 'pretrained_detector', 'save_pretrained', 'push_to_hub']
 
-# %% ../nbs/12_pretrained.ipynb #d0125d72
+# %% ../nbs/12_pretrained.ipynb #ce3c7217
 import argparse
 import json
 import re
@@ -15,15 +15,16 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from . import __version__
-from .detr import DETR, PAPER_MODELS, published_weights, tensors_only
-from .inference import SHIPPED, Detector, _weights_file
+from .backbone import load_tensors
+from .detr import DETR, PAPER_MODELS, published_weights
+from .inference import SHIPPED, Detector, weights_file
 from .scenes import IMAGENET_MEAN, IMAGENET_STD, write_atomically
-from .training import ModelSpec, load_model, save_model
+from .training import ModelSpec, read_model, save_model
 
 # %% ../nbs/12_pretrained.ipynb #90aca952
 #: Our names of tensors, and those in a file of transformers' `DetrForObjectDetection`.
@@ -315,7 +316,7 @@ def _options_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "normalize_before": "transformer.encoder.norm.weight" in state,
     }
 
-# %% ../nbs/12_pretrained.ipynb #9f488e10
+# %% ../nbs/12_pretrained.ipynb #09ba2a62
 class _Found(NamedTuple):
     spec: ModelSpec
     state: dict[str, Tensor]
@@ -332,8 +333,7 @@ _COCO_NAMES = {
 
 def _from_checkpoint(path: Path, model: str | None) -> _Found:
     """A file of torch.save: published weights, or those of the authors' training script."""
-    with tensors_only(path):
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    content = load_tensors(path)
     state = content.get("model", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(
         isinstance(t, Tensor) for t in state.values()
@@ -359,24 +359,20 @@ def _from_checkpoint(path: Path, model: str | None) -> _Found:
 
 _ARGS = {"nhead": "nheads", "dropout": "dropout"}
 
-# %% ../nbs/12_pretrained.ipynb #7b934e3c
+# %% ../nbs/12_pretrained.ipynb #456d4111
 def _from_hugging_face(folder: Path, config: dict) -> _Found:
     """A folder of transformers' `DetrForObjectDetection`."""
     if config.get("model_type") != "detr":
         raise ValueError(
             f"{folder} holds a {config.get('model_type')!r} model, not a 'detr'"
         )
-    file = folder / "model.safetensors"
-    if file.is_file():
-        state = load_file(file)
-    elif (file := folder / "pytorch_model.bin").is_file():
-        with tensors_only(file):
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    else:
+    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
         raise FileNotFoundError(
             f"{folder} has a config.json but no model.safetensors beside it"
         )
-    state = from_hugging_face(state)
+    state = from_hugging_face(load_tensors(file))
     known = {}
     for option in ("nhead", "dropout", "activation"):
         default, theirs = _PAPER_OPTIONS[option]
@@ -457,7 +453,7 @@ def _download(name: str, revision: str | None) -> Path:
         ) from error
     return folder
 
-# %% ../nbs/12_pretrained.ipynb #b0bf35be
+# %% ../nbs/12_pretrained.ipynb #56436390
 def _find(source: str | Path, model: str | None, revision: str | None) -> _Found:
     """Reads a source of any of the five kinds."""
     name, path = str(source), Path(source)
@@ -466,7 +462,7 @@ def _find(source: str | Path, model: str | None, revision: str | None) -> _Found
             ModelSpec(name, 91, 100, 800, _COCO_NAMES), published_weights(name), []
         )
     if name in SHIPPED or (path / "checkpoints").is_dir():
-        return _from_ours(_weights_file(name))
+        return _from_ours(weights_file(name))
     if path.is_file() and path.suffix == ".safetensors":
         one_of_two = (
             path.name == "model.safetensors" and path.with_name("config.json").is_file()
@@ -476,7 +472,7 @@ def _find(source: str | Path, model: str | None, revision: str | None) -> _Found
         return _from_checkpoint(path, model)
     if path.is_dir():
         return _from_folder(path)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.suffix[1:].isalpha():
+    if _is_hub_name(name):
         return _from_folder(_download(name, revision))
     raise FileNotFoundError(
         f"{name} is no file or folder here, and no model with published weights: "
@@ -484,9 +480,22 @@ def _find(source: str | Path, model: str | None, revision: str | None) -> _Found
     )
 
 
+def _is_hub_name(name: str) -> bool:
+    """Whether a name that is nothing here may be one on the hub, "owner/name", and is not a
+    mistyped path: of a run folder, of a file, or beside something that is here.
+    """
+    owner, _, rest = name.partition("/")
+    return (
+        re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+        and not Path(rest).suffix[1:].isalpha()
+        and owner != "runs"
+        and not Path(owner).exists()
+    )
+
+
 def _from_ours(path: Path) -> _Found:
-    model, spec = load_model(path)
-    return _Found(spec, model.state_dict(), [])
+    state, spec = read_model(path)
+    return _Found(spec, state, [])
 
 
 def _from_folder(folder: Path) -> _Found:
@@ -678,7 +687,7 @@ def _build(spec: ModelSpec, found: _Found, source: str | Path) -> tuple[DETR, Lo
     report.kept = [key for key in state if key not in changed]
     return detr.eval(), report
 
-# %% ../nbs/12_pretrained.ipynb #ff371dfd
+# %% ../nbs/12_pretrained.ipynb #d18f22e9
 def from_pretrained(
     source: str | Path,
     num_classes: int | None = None,
@@ -694,9 +703,7 @@ def pretrained_detector(
     source: str | Path, device: str = "cpu", **options: Any
 ) -> Detector:
     """`load`, ready for `predict`: with its class names and the size of its pictures."""
-    model, spec = from_pretrained(source, **options)
-    names = {int(i): name for i, name in spec.class_names.items()}
-    return Detector(model.to(device), names, spec.size)
+    return Detector.of(*from_pretrained(source, **options), device)
 
 # %% ../nbs/12_pretrained.ipynb #8baa791e
 _MARK = "<!-- written by annotated_detr.save_pretrained -->"

@@ -2,14 +2,14 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'RECIPES', 'FEWEST_STEPS', 'PAPER_STEPS', 'DataConfig', 'TrainConfig', 'mix_seeds', 'TrainingOrder',
-           'AugmentedPictures', 'open_datasets', 'ModelSpec', 'spec_for', 'save_model', 'load_model', 'cell_centres',
-           'dense_targets', 'DenseHead', 'Lesson', 'parameter_groups', 'rate_factor', 'build_model', 'pick_device',
-           'process_number', 'processes', 'Learner', 'batch_losses', 'set_rates', 'first_non_finite', 'train_step',
-           'RunFolder', 'save_checkpoint', 'read_state', 'restore_checkpoint', 'vital_signs', 'Trainer', 'batches',
-           'score', 'to_device', 'keep_batch', 'is_time_to_score', 'fit', 'warn_of_few_steps', 'plan', 'start',
-           'resume', 'plot_run', 'overfit_one_batch']
+           'AugmentedPictures', 'open_datasets', 'ModelSpec', 'spec_for', 'save_model', 'read_model', 'load_model',
+           'cell_centres', 'dense_targets', 'DenseHead', 'Lesson', 'parameter_groups', 'rate_factor', 'build_model',
+           'pick_device', 'process_number', 'processes', 'Learner', 'batch_losses', 'set_rates', 'first_non_finite',
+           'train_step', 'RunFolder', 'save_checkpoint', 'read_state', 'restore_checkpoint', 'vital_signs', 'Trainer',
+           'batches', 'score', 'to_device', 'keep_batch', 'is_time_to_score', 'fit', 'warn_of_few_steps', 'plan',
+           'start', 'resume', 'plot_run', 'overfit_one_batch']
 
-# %% ../nbs/10_training.ipynb #bce75989
+# %% ../nbs/10_training.ipynb #c15bc6f0
 import contextlib
 import io
 import itertools
@@ -34,11 +34,10 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.ops import box_convert, generalized_box_iou_loss
-from tqdm import tqdm
 from tyro.conf import Suppress
 
 from . import figures, scenes
-from .backbone import has_random_frozen_layers
+from .backbone import has_random_frozen_layers, tensors_only
 from .data import CocoDetection, check_dataset, make_coco_transforms
 from .detr import DETR, PRESETS
 from .evaluation import Scores, evaluate
@@ -52,7 +51,7 @@ from annotated_detr.loss import (
     step_normalizer,
 )
 from .nested_tensor import NestedTensor, collate_fn
-from .scenes import write_atomically
+from .scenes import progress_bar, write_atomically
 
 # %% ../nbs/10_training.ipynb #484986be
 @dataclass(frozen=True)
@@ -336,9 +335,9 @@ def save_model(path: str | Path, model: nn.Module, spec: ModelSpec) -> None:
         ),
     )
 
-# %% ../nbs/10_training.ipynb #c0aeb2f3
-def load_model(path: str | Path) -> tuple[DETR, ModelSpec]:
-    """Builds the detector that `save_model` wrote, in evaluation mode.
+# %% ../nbs/10_training.ipynb #09694980
+def read_model(path: str | Path) -> tuple[dict[str, Tensor], ModelSpec]:
+    """The state dict and the specification that `save_model` wrote.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -349,19 +348,22 @@ def load_model(path: str | Path) -> tuple[DETR, ModelSpec]:
         raise FileNotFoundError(
             f"there is no file {path}: give the .safetensors file of a trained detector"
         )
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            described = (file.metadata() or {}).get("annotated_detr")
-            weights = {name: file.get_tensor(name) for name in file.keys()}
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}): copy it again, or train again"
-        ) from error
+    with tensors_only(path), safetensors.safe_open(path, framework="pt") as file:
+        described = (file.metadata() or {}).get("annotated_detr")
+        weights = {name: file.get_tensor(name) for name in file.keys()}
     if described is None:
         raise ValueError(
             f"{path} holds weights but does not say of which model, so `save_model` did not write it"
         )
-    spec = ModelSpec(**json.loads(described))
+    return weights, ModelSpec(**json.loads(described))
+
+
+def load_model(path: str | Path) -> tuple[DETR, ModelSpec]:
+    """Builds the detector that `save_model` wrote, in evaluation mode.
+
+    Raises what `read_model` raises.
+    """
+    weights, spec = read_model(path)
     model = spec.build()
     model.load_state_dict(weights)
     return model.eval(), spec
@@ -1015,7 +1017,7 @@ def keep_batch(
     torch.save(batch, path)
     return path
 
-# %% ../nbs/10_training.ipynb #a5a9fafa
+# %% ../nbs/10_training.ipynb #2e07b340
 def is_time_to_score(learner: Learner) -> bool:
     """Whether the step just made was an epoch's last, and the epoch one to be scored."""
     config, done = learner.config, learner.step - learner.config.warmup_steps
@@ -1036,10 +1038,11 @@ def fit(trainer: Trainer, progress: bool = True) -> None:
     """
     config, learner = trainer.config, trainer.learner
     before, begun = trainer.progress["seconds"], time.perf_counter()
-    # Without `disable`, TQDM_DISABLE has its say.
-    quiet = {} if progress and trainer.rank == 0 else {"disable": True}
     loader = iter(batches(trainer))
-    with tqdm(total=learner.steps, initial=learner.step, unit="step", **quiet) as bar:
+    shown = progress and trainer.rank == 0
+    with progress_bar(
+        shown=shown, total=learner.steps, initial=learner.step, unit="step"
+    ) as bar:
         while learner.step < learner.steps:
             parts = [
                 to_device(next(loader), learner.device) for _ in range(config.accumulate)
@@ -1155,7 +1158,7 @@ def plot_run(folder: RunFolder) -> Figure:
     above.legend(), below.legend()
     return fig
 
-# %% ../nbs/10_training.ipynb #69862b6d
+# %% ../nbs/10_training.ipynb #1b26961f
 def overfit_one_batch(
     config: TrainConfig, steps: int = 300, progress: bool = True
 ) -> tuple[list[float], Scores]:
@@ -1174,9 +1177,8 @@ def overfit_one_batch(
     pictures.transforms = make_coco_transforms("val", size=config.size)
     batch = [pictures[index] for index in range(min(config.batch_size, len(pictures)))]
     samples, targets = to_device(collate_fn(batch), learner.device)
-    quiet = {} if progress else {"disable": True}
     losses = []
-    with tqdm(range(steps), unit="step", **quiet) as bar:
+    with progress_bar(range(steps), progress, unit="step") as bar:
         for _ in bar:
             losses.append(train_step(learner, (samples, targets))["loss"].item())
             bar.set_postfix(loss=f"{losses[-1]:.2f}")

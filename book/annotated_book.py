@@ -183,7 +183,8 @@ def named_modules(source: str) -> set[str]:
         found.add(match[1])
     for match in re.finditer(r"^\s*from\s+(?:annotated_detr|\.)\s+import\s+(\([^)]*\)|[^\n#]+)", source, flags=re.M):
         for name in re.findall(r"(\w+)(?:\s+as\s+\w+)?", match[1]):
-            found |= {name} if name in known else {public[name]} if name in public else known
+            if name not in ("versions", "__version__"):  # those of __init__.py itself
+                found |= {name} if name in known else {public[name]} if name in public else known
     if re.search(r"^\s*import\s+annotated_detr(\s|$)", source, flags=re.M):
         found |= known
     if re.search(r"annotated-detr\s+\w|-m\s+annotated_detr", source):

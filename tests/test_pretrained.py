@@ -152,7 +152,7 @@ def test_a_damaged_or_foreign_file_gets_a_sentence(tmp_path, recipe):
     path = tmp_path / "model.pth"
     torch.save({"model": {"a": torch.zeros(100)}}, path)
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match="is damaged, or nothing that torch.save wrote"):
+    with pytest.raises(ValueError, match="is damaged, or no file of weights"):
         load(path)
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="is damaged"):
@@ -247,6 +247,15 @@ def test_a_name_on_the_hub_is_fetched(small, tmp_path, monkeypatch):
     loaded, found = from_pretrained("somebody/detr-resnet-50", revision="v1")
     assert found == spec and same(loaded.state_dict(), model.state_dict())
     assert asked == [("somebody/detr-resnet-50", "v1", ("config.json", "preprocessor_config.json", "model.safetensors"))]
+
+
+@pytest.mark.parametrize("name", ["runs/typo", "./typo", "/typo/run", "here/typo", "here/typo.safetensors"])
+def test_a_mistyped_path_is_not_looked_for_on_the_hub(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    monkeypatch.setattr("annotated_detr.pretrained._download", lambda *_: pytest.fail("the network was asked"))
+    with pytest.raises(FileNotFoundError, match="typo.* is no file or folder here, and no model with published weights"):
+        load(name)
 
 
 def test_offline_a_name_on_the_hub_gets_a_sentence(monkeypatch, tmp_path):
