@@ -74,7 +74,7 @@ def _fit(trainer: training.Trainer) -> None:
         f"done: `annotated-detr predict {folder} PICTURES --out FOLDER` draws what it finds"
     )
 
-# %% ../nbs/cli.ipynb #bc681a85
+# %% ../nbs/cli.ipynb #2b3e3564
 @app.command
 def overfit(config: Recipe, steps: int = 300) -> None:
     """Try whether a model learns one batch by heart; nothing is written.
@@ -103,7 +103,7 @@ def plot(run: Positional[Path], out: Path | None = None) -> None:
     figure.savefig(out, dpi=200, facecolor="white")
     print(f"drawn: {out}")
 
-# %% ../nbs/cli.ipynb #96409752
+# %% ../nbs/cli.ipynb #b7af9b54
 @app.command(name="eval")
 def eval_(
     model: Positional[str],
@@ -158,7 +158,7 @@ def eval_(
         scores = evaluation.save_evaluation(scorer, out, scorer.results)
     print(scores)
 
-# %% ../nbs/cli.ipynb #7e671c01
+# %% ../nbs/cli.ipynb #f194fbf6
 @app.command
 def predict(
     model: Positional[str],
@@ -189,7 +189,7 @@ def predict(
     if report.failed:
         sys.exit("\n".join(report.failed.values()))
 
-# %% ../nbs/cli.ipynb #86060f11
+# %% ../nbs/cli.ipynb #997075a7
 @app.command
 def check(
     images: Positional[Path],
@@ -242,7 +242,7 @@ def scenes_(
     pictures, annotations = scenes.coco_folder(out, split, count, size, panoptic=panoptic)
     print(f"{count:,} scenes in {pictures}, annotations in {annotations}")
 
-# %% ../nbs/cli.ipynb #3d9ef563
+# %% ../nbs/cli.ipynb #d68c7e8b
 @app.command
 def download(
     name: Positional[Literal["coco", "bccd"]],
