@@ -21,6 +21,7 @@ from PIL import Image
 
 from annotated_detr import scenes, training
 from annotated_detr.detr import detr_tiny
+from annotated_detr.evaluation import ClassScore, Scores
 from annotated_detr.nested_tensor import nested_tensor_from_tensor_list
 from annotated_detr.training import (
     RECIPES,
@@ -359,7 +360,8 @@ def test_the_metrics_show_how_a_run_is_doing(finished):
 
 
 def test_vital_signs_tell_a_collapsed_model_from_a_healthy_one():
-    targets = [{"labels": torch.tensor([0, 1]), "boxes": torch.tensor([[0.2, 0.2, 0.1, 0.1], [0.8, 0.8, 0.1, 0.1]])}]
+    corners = torch.tensor([[0.2, 0.2, 0.1, 0.1], [0.8, 0.8, 0.1, 0.1]])
+    targets = [{"labels": torch.tensor([0, 1]), "boxes": corners, "image_id": torch.tensor([7])}]
     criterion = training.build_criterion(2)
     logits = torch.tensor([[[9.0, 0, 0], [0, 9.0, 0], [0, 0, 9.0], [0, 0, 9.0]]])
     boxes = torch.cat([targets[0]["boxes"], torch.tensor([[0.2, 0.8, 0.1, 0.1], [0.8, 0.2, 0.1, 0.1]])])[None]
@@ -368,6 +370,111 @@ def test_vital_signs_tell_a_collapsed_model_from_a_healthy_one():
     collapsed = training.vital_signs(criterion, alike, targets)
     assert healthy["foreground_accuracy"] == 100 and healthy["no_object_share"] == 50 and healthy["box_spread"] > 0.3
     assert collapsed["no_object_share"] == 100 and collapsed["box_spread"] == 0
+    two = [targets[0], {"labels": torch.tensor([0, 0]), "boxes": corners, "image_id": torch.tensor([8])}]
+    answers = {"pred_logits": logits.expand(2, 4, 3), "pred_boxes": boxes.expand(2, 4, 4)}
+    assert training.vital_signs(criterion, answers, two)["hardest_picture"] == 8, "its second label is wrong"
+
+
+# What the trainer watches
+
+
+def warnings(trainer) -> dict[str, str]:
+    return {line["about"]: line["warning"] for line in trainer.folder.read_metrics("warning")}
+
+
+@pytest.fixture
+def hurried(tmp_path, monkeypatch):
+    """A run of 48 steps of a trainer that expects results within 40."""
+    monkeypatch.setitem(training.PATIENCE, "tiny", 40)
+
+    def run(change=None, **options):
+        trainer = start(replace(SMALL, warmup_steps=0, epochs=16, eval_every=16, save_every=50, **options), tmp_path / "run")
+        if change is not None:
+            change(trainer.learner.model)
+            trainer.learner.start_phase()
+        fit(trainer, progress=False)
+        return trainer
+
+    return run
+
+
+def test_a_healthy_run_is_left_in_peace(hurried, capsys):
+    assert warnings(hurried()) == {}
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_queries_that_are_all_alike_are_noticed(hurried, capsys):
+    class Alike(torch.nn.Module):
+        def forward(self, weight):
+            return weight.mean(0, keepdim=True).expand_as(weight)
+
+    def change(model):
+        for embedding in (model.query_embed, model.query_content):
+            torch.nn.utils.parametrize.register_parametrization(embedding, "weight", Alike())
+
+    trainer = hurried(change)
+    assert "every query gives nearly the same box (box_spread 0.000" in warnings(trainer)["boxes_alike"]
+    said = capsys.readouterr().out
+    assert said.count("every query gives nearly the same box") == 1, "once"
+    assert re.search(r"step 2[4-9]: warning: every query", said), "and early"
+
+
+def test_answers_that_are_all_no_object_are_noticed(hurried):
+    assert 'every query has said "no object" since step' in warnings(hurried(no_object_weight=50.0))["nothing_found"]
+
+
+def test_a_loss_that_stays_where_it_is_is_noticed_once_and_also_after_resuming(hurried):
+    trainer = hurried(lr=1e-9, lr_backbone=1e-9)
+    assert "the loss does not leave its plateau" in warnings(trainer)["on_its_plateau"]
+    again = resume(trainer.folder.path)
+    assert again.warned == warnings(trainer).keys() and len(again.recent) == 48
+    training.watch(again, training.on_its_plateau)
+    assert len(trainer.folder.read_metrics("warning")) == len(warnings(trainer))
+
+
+def test_a_category_without_boxes_is_named_before_the_first_step(tmp_path):
+    images, file = scenes.coco_folder(None, "train", 24)
+    content = json.loads(Path(file).read_text())
+    content["categories"].append({"id": 7, "name": "comet"})
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    trainer = start(replace(SMALL, images=Path(images), annotations=tmp_path / "boxes.json"), tmp_path / "run")
+    assert "no training picture has a box of comet" in training.never_shown(trainer)
+
+
+def scored(**by_class: tuple[float, int]) -> Scores:
+    """Scores of which only AP50 and the number of boxes count, those of each class."""
+    rows = [ClassScore(i, name, boxes, *[AP50] * 5) for i, (name, (AP50, boxes)) in enumerate(by_class.items())]
+    return Scores(*[sum(row.AP50 for row in rows) / len(rows)] * 12, by_class=rows)
+
+
+def test_a_class_that_nobody_finds_is_named_but_given_time(finished, monkeypatch):
+    """As on the real blood cells: platelets are found late."""
+    scores = scored(WBC=(0.97, 90), platelets=(0.0, 80))
+    monkeypatch.setattr(training, "patience", lambda trainer: 4)
+    monkeypatch.setattr(finished.learner, "step", finished.config.warmup_steps + 2)
+    assert training.never_found(finished, scores) is None
+    monkeypatch.setattr(finished.learner, "step", finished.learner.steps)
+    assert "validation boxes of platelets none is found" in training.never_found(finished, scores)
+    assert training.never_found(finished, scored(WBC=(0.97, 90), platelets=(0.0, 5))) is None, "five boxes prove nothing"
+
+
+def test_a_loss_that_falls_without_any_score_is_noticed(finished, monkeypatch):
+    lines = [{"step": step, "loss_ce": 4 - step / 400, "loss_bbox": 0.1, "loss_giou": 0.5} for step in range(0, 1001, 20)]
+    monkeypatch.setattr(finished, "recent", lines)
+    monkeypatch.setattr(finished.learner, "step", 1000)
+    assert "compare the category ids and the box format" in training.learned_something_else(finished, scored(ring=(0.0, 9)))
+    assert training.learned_something_else(finished, scored(ring=(0.1, 9))) is None
+
+
+def test_pictures_that_are_always_the_hardest_are_listed(finished, tmp_path):
+    folder, ids = RunFolder(tmp_path), finished.pictures.ids
+    folder.create(finished.config)
+    for step in range(60):  # 24 pictures in batches of 8: a picture is seen in every third step
+        hardest = ids[5] if step % 3 == 0 else [None, ids[step % 24]][step % 2]
+        folder.append({"step": step, "phase": "detr", "hardest_picture": hardest})
+    name = finished.pictures.coco.imgs[ids[5]]["file_name"]
+    assert training.hardest_pictures(folder, finished.pictures) == [name]
+    assert training.hardest_pictures(finished.folder, finished.pictures) == []
 
 
 # Files of weights
