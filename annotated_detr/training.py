@@ -14,7 +14,7 @@ __all__ = ['PAPER', 'RECIPES', 'GENTLE', 'FINETUNE_RECIPES', 'PATIENCE', 'PAPER_
            'always_hardest', 'watch', 'warn_of_few_steps', 'warn_of_batch', 'plan', 'start', 'resume', 'plot_run',
            'overfit_one_batch']
 
-# %% ../nbs/10_training.ipynb #fc22a7d8
+# %% ../nbs/10_training.ipynb #3010518d
 import contextlib
 import io
 import itertools
@@ -45,7 +45,11 @@ from tqdm import tqdm
 from tyro.conf import Suppress
 
 from . import figures, scenes
-from .backbone import has_random_frozen_layers, tensors_only
+from annotated_detr.backbone import (
+    fold_frozen_norms,
+    has_random_frozen_layers,
+    tensors_only,
+)
 from annotated_detr.data import (
     CocoDetection,
     check_dataset,
@@ -638,7 +642,7 @@ def processes() -> Iterator[None]:
     finally:
         distributed.destroy_process_group()
 
-# %% ../nbs/10_training.ipynb #f1ff9f44
+# %% ../nbs/10_training.ipynb #4ad511d8
 class Learner:
     """The part of a run that lives in memory: model, dense head, optimiser, and the step
     they are at.
@@ -665,6 +669,7 @@ class Learner:
         # Channels last is the order in memory in which convolutions run fastest; shapes and
         # results stay as they are.
         model = build(spec) if build else build_model(spec, config.backbone_weights)
+        fold_frozen_norms(model)  # the same numbers, in less time
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.lesson = Lesson(self.model, spec.num_classes).to(self.device)
         layers = len(self.model.transformer.decoder.layers)
