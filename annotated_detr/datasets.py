@@ -73,7 +73,7 @@ class Source:
     splits: dict[str, tuple[str, str]]
     finish: Callable[[Path], None] | None = None
 
-# %% ../nbs/datasets.ipynb #72457967
+# %% ../nbs/datasets.ipynb #7a75515d
 SOURCES: dict[str, Source] = {
     "coco": Source(
         title="COCO 2017, the data set of the paper: photographs with 80 classes of everyday objects",
@@ -115,7 +115,7 @@ SOURCES: dict[str, Source] = {
     ),
 }
 
-# %% ../nbs/datasets.ipynb #1926f3e3
+# %% ../nbs/datasets.ipynb #13cda0f4
 BCCD_CLASSES = ("RBC", "WBC", "Platelets")
 _BCCD_COMMIT = "135df0221baca7b51c18190791522ddeba8fddbf"
 _BCCD_PICTURES = {"train": 205, "val": 87, "test": 72}
@@ -154,7 +154,7 @@ SOURCES["bccd"] = Source(
     finish=_finish_bccd,
 )
 
-# %% ../nbs/datasets.ipynb #477a5972
+# %% ../nbs/datasets.ipynb #fdd9dbfe
 def plan(name: str) -> str:
     """Says what `download` would fetch: from where, how large, with which checksums.
 
@@ -301,7 +301,7 @@ _BROKEN = (
     socket.gaierror,
 )
 
-# %% ../nbs/datasets.ipynb #333ad31f
+# %% ../nbs/datasets.ipynb #e784e3b4
 def _members(archive: Archive, box: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """The files of the wanted folder: path within the folder → entry of the archive."""
     found = {}
@@ -353,7 +353,7 @@ def _unpack(
     os.replace(draft, folder / archive.folder)
     return {name: [entry.file_size, entry.CRC] for name, entry in members.items()}
 
-# %% ../nbs/datasets.ipynb #e920cbba
+# %% ../nbs/datasets.ipynb #4376ed5a
 def _sha256(path: Path, progress: bool) -> str:
     digest = hashlib.sha256()
     bar = {"desc": f"verify {path.name}", "total": _length(path), "unit": "B"}
@@ -389,7 +389,7 @@ def _verify(archive: Archive, path: Path, folder: Path, progress: bool) -> str:
         )
     return found
 
-# %% ../nbs/datasets.ipynb #6fd13f80
+# %% ../nbs/datasets.ipynb #103a1c11
 def _faults(folder: Path, files: dict[str, list[int]], thorough: bool) -> Iterator[str]:
     """The files that are missing or have changed; their content is read only if `thorough`."""
     for name, (size, crc) in files.items():
@@ -468,7 +468,7 @@ def download(
         source.finish(folder)
     return splits
 
-# %% ../nbs/datasets.ipynb #336dfbc4
+# %% ../nbs/datasets.ipynb #33de1395
 def _look_for_room(missing: Sequence[Archive], folder: Path) -> None:
     """Stops while there is too little room on the disk."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -527,7 +527,7 @@ def _coco_box(corners: Sequence[float | int], inclusive: bool) -> list[float | i
     one = int(inclusive)
     return [xmin - one, ymin - one, xmax - xmin + one, ymax - ymin + one]
 
-# %% ../nbs/datasets.ipynb #babaae1c
+# %% ../nbs/datasets.ipynb #2547bfaf
 _MOST_XML = 20_000_000  # bytes; ten thousand boxes are two million
 
 
@@ -553,7 +553,7 @@ def _read_xml(path: Path) -> ElementTree.Element:
     except (expat.ExpatError, AssertionError, LookupError) as error:
         raise ValueError(f"it is not valid XML ({error})") from None
 
-# %% ../nbs/datasets.ipynb #3f4cf367
+# %% ../nbs/datasets.ipynb #1b7926f6
 @dataclass
 class Conversion:
     """What `convert_voc` wrote, and what it could not take as it was.
@@ -653,7 +653,7 @@ def convert_voc(
         write_atomically(out / NOTES_FILE, notes.encode())
     return done
 
-# %% ../nbs/datasets.ipynb #5f861996
+# %% ../nbs/datasets.ipynb #c1a8bdcb
 class _Voc:
     """A Pascal VOC folder: where its pictures, annotations and lists are."""
 
@@ -715,7 +715,7 @@ class _Voc:
         found = [_object(node, f"{path.name}, object {i}", notes) for i, node in objects]
         return _Parsed(picture.name, *size, [one for one in found if one is not None])
 
-# %% ../nbs/datasets.ipynb #78bc513f
+# %% ../nbs/datasets.ipynb #ea9f1938
 @dataclass
 class _Object:
     """An object as the XML has it."""
@@ -783,7 +783,7 @@ def _object(node: ElementTree.Element, where: str, notes: list[str]) -> _Object 
     notes.append(f"{where}: {fault}; the object was left out")
     return None
 
-# %% ../nbs/datasets.ipynb #28d2bf29
+# %% ../nbs/datasets.ipynb #b2073562
 def _number_classes(
     parsed: dict[str, _Parsed | None], class_names: Sequence[str] | None
 ) -> dict[str, int]:

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import around
 import page_shell
 from docutils import nodes
 
@@ -122,6 +123,7 @@ def read_notebook(text: str) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = to_myst(cell.source)
+    add_api_lines(notebook)
     for cell in code:
         directives, cell.source = split_directives(cell.source)
         tags, settings = cell_tags(directives)
@@ -135,6 +137,19 @@ def read_notebook(text: str) -> nbformat.NotebookNode:
     if code:
         code[0].metadata["annotated_detr"] = {"digest": digest}
     return notebook
+
+
+def add_api_lines(notebook: nbformat.NotebookNode) -> None:
+    """Below each cell that defines public names, a line that leads to them in the API reference."""
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    module = next((match[1] for source in sources if (match := re.match(r"\s*#\|\s*default_exp\s+(\S+)", source))), None)
+    with_lines = []
+    for cell in notebook.cells:
+        with_lines.append(cell)
+        line = around.api_line(module, cell.source) if module and cell.cell_type == "code" else ""
+        if line:
+            with_lines.append(nbformat.v4.new_markdown_cell(line))
+    notebook.cells = with_lines
 
 
 # --- what a notebook depends on ---------------------------------------------------------------------------------------
@@ -212,6 +227,13 @@ def say_progress(app, doctree):
     print(f"  {app.env.docname:<32} {seconds:6.1f} s", file=sys.stderr, flush=True)
 
 
+def keep_slugs(app, doctree):
+    """The anchor that GitHub gives to a heading leads to it in the book, too, where docutils would spell it otherwise."""
+    for section in doctree.findall(nodes.section):
+        if section.get("slug") and section["slug"] not in section["ids"]:
+            section["ids"].append(section["slug"])
+
+
 def dress_tables(app, doctree, docname):
     """A wide table scrolls inside itself, never the page; a head without words goes; the table that opens a chapter is a card."""
     if app.builder.format != "html":
@@ -248,9 +270,12 @@ def source_signature(app, what, name, obj, options, signature, return_annotation
 def setup(app):
     app.connect("config-inited", use_our_reader, priority=900)
     app.connect("source-read", start_clock)
+    app.connect("source-read", around.fill_ledger)
+    app.connect("doctree-read", keep_slugs)
     app.connect("doctree-read", say_progress)
     app.connect("doctree-resolved", dress_tables)
     page_shell.setup(app)
     app.setup_extension("sphinx.ext.autodoc")
     app.connect("autodoc-process-signature", source_signature)
+    app.connect("autodoc-process-docstring", around.add_teaching, priority=900)
     return {"version": "1", "parallel_read_safe": False, "parallel_write_safe": True}
