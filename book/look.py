@@ -92,7 +92,7 @@ SHELL = """(notebook) => {
   if (notebook) need('a[href*="colab.research.google.com"]', "button for Colab");
   return out;
 }"""
-AXE = """() => axe.run(document, { resultTypes: ["violations"] }).then((result) => result.violations
+AXE = """() => axe.run(document, { preload: false, resultTypes: ["violations"] }).then((result) => result.violations
   .filter((found) => ["serious", "critical"].includes(found.impact))
   .map((found) => `axe: ${found.help} (${found.id}), for example ${found.nodes[0].html.slice(0, 120)}`))"""
 
