@@ -213,7 +213,7 @@ class TinyBackbone(nn.Module):
         """The last feature map as "0", with the mask at its size, as from `Backbone`."""
         return _with_masks({"0": self.blocks(self.stem(batch.tensors))}, batch)
 
-# %% ../nbs/03_backbone.ipynb #19bc85e6
+# %% ../nbs/03_backbone.ipynb #37fba6e9
 def _imagenet_state(name: str, weights: str) -> dict[str, Tensor]:
     """The state dict that `weights` stands for: a file, or a name of torchvision's."""
     known = torchvision.models.get_model_weights(name).__members__
@@ -252,7 +252,7 @@ def _imagenet_state(name: str, weights: str) -> dict[str, Tensor]:
             "save one with torch.save(model.state_dict(), …)"
         ) from error
 
-# %% ../nbs/03_backbone.ipynb #8de235d2
+# %% ../nbs/03_backbone.ipynb #f13e3388
 def _load_imagenet(network: nn.Module, name: str, weights: str) -> None:
     """Fill a ResNet, all but the classifier that the backbone does without."""
 

@@ -60,7 +60,7 @@ ACCENT = PALETTE["red"]
 #: Padding, grids and whatever should stay quiet: halfway between white and black.
 QUIET = "#808080"
 
-# %% ../nbs/figures.ipynb #4dff22c7
+# %% ../nbs/figures.ipynb #5408ee7f
 #: How people see linear red, green and blue without one of the three kinds of cones
 #: (Machado, Oliveira and Fernandes 2009, full severity), and how a printer without colour does.
 SIGHT = {
@@ -103,11 +103,9 @@ def contrast(one: str, other: str) -> float:
 def seen(color: str, sight: str) -> str:
     """Return the colour that somebody with this `SIGHT` sees."""
     light = np.clip(np.array(SIGHT[sight]) @ linear(color), 0, 1)
-    return to_hex(
-        np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    )
+    return to_hex(np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055))
 
-# %% ../nbs/figures.ipynb #b05f6163
+# %% ../nbs/figures.ipynb #031bb4c2
 #: Width of a full figure in inches: its 9-point letters are 8 pixels high on a phone.
 WIDTH = 5.6
 #: Screen pixels for one point when a figure has all the room it wants.
@@ -125,8 +123,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.linewidth": 0.8,
     "axes.prop_cycle": matplotlib.cycler(
-        color=list(PALETTE.values()),
-        linestyle=["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))],
+        color=list(PALETTE.values()), linestyle=["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
     ),
     "lines.linewidth": 1.8,
     "hatch.linewidth": 0.6,
@@ -333,7 +330,7 @@ def _with_own_ids(svg: str, label: str) -> str:
 
     return re.sub(r'(href="|url\()#', rf"\1#{label}-", re.sub(r' id="([^"]+)"', own, svg))
 
-# %% ../nbs/figures.ipynb #af9ab3e5
+# %% ../nbs/figures.ipynb #a31e2c65
 def _shrink(image: AxesImage) -> None:
     """Give a photograph no more than two pixels for one on the screen."""
     array, extent = image.get_array(), image.get_extent()
@@ -364,12 +361,10 @@ def _compress(image: ElementTree.Element) -> None:
         kind = "png"
         exact = picture.quantize(256) if few and picture.mode == "RGB" else picture
         exact.save(buffer, "PNG", optimize=True)
-    image.set(
-        "href", f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    )
+    image.set("href", f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}")
     image.set("preserveAspectRatio", "none")
 
-# %% ../nbs/figures.ipynb #9a1764c9
+# %% ../nbs/figures.ipynb #51921d84
 #: The digits of a letter such as "H0" are set as subscripts.
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
@@ -423,9 +418,7 @@ def _subscripted(word: str) -> str:
 def _one_each(things: str, n: int, given: str, values: Sequence | Tensor | None) -> None:
     """Refuse a list that does not have one value for each thing."""
     if values is not None and len(values) != n:
-        raise ValueError(
-            f"There are {n} {things} but {len(values)} {given}: give one for each."
-        )
+        raise ValueError(f"There are {n} {things} but {len(values)} {given}: give one for each.")
 
 # %% ../nbs/figures.ipynb #b0bbd309
 #: Axes that repeat a thing: they become copies, one behind the other.
@@ -529,7 +522,7 @@ def _check_earlier(items: Sequence[Solid | Layer]) -> None:
                     f" {', '.join(passed) or 'nothing'}: name one of these."
                 )
 
-# %% ../nbs/figures.ipynb #9a48a508
+# %% ../nbs/figures.ipynb #93177f39
 def _item_width(item: Solid | Layer) -> Number:
     """Room in points for an item of a flow from left to right."""
     if isinstance(item, Layer):
@@ -556,25 +549,15 @@ def _flow_across(items: Sequence[Solid | Layer], widths: Sequence[Number]) -> Fi
         else:
             _arrow(ax, (x + 3, y), (x + width - 3, y))
             label = _wrap(item.label)
-            ax.text(
-                middle,
-                y + 5,
-                label,
-                ha="center",
-                va="bottom",
-                fontsize=8.5,
-                linespacing=1.1,
-            )
+            ax.text(middle, y + 5, label, ha="center", va="bottom", fontsize=8.5, linespacing=1.1)
         x += width
     return fig
 
-# %% ../nbs/figures.ipynb #9bea090b
+# %% ../nbs/figures.ipynb #5eca66f9
 def _flow_down(items: Sequence[Solid | Layer]) -> Figure:
     """A flow from top to bottom: solids on the left, names and sizes on the right."""
     heights = [
-        item.room()
-        if isinstance(item, Solid)
-        else 26 + sum(side.room() for side in item.inputs)
+        item.room() if isinstance(item, Solid) else 26 + sum(side.room() for side in item.inputs)
         for item in items
     ]
     fig, ax = _canvas(330, sum(heights))
@@ -586,9 +569,7 @@ def _flow_down(items: Sequence[Solid | Layer]) -> Figure:
             _labelled(ax, 60, y - height / 2, item, gap=78, pitch=44)
         else:
             for name in item.earlier:  # a line around whatever lies between
-                ax.plot(
-                    [24, 6, 6], [level[name], level[name], y - 13], "-", color=INK, lw=1
-                )
+                ax.plot([24, 6, 6], [level[name], level[name], y - 13], "-", color=INK, lw=1)
                 _arrow(ax, (6, y - 13), (58, y - 13))
             _arrow(ax, (60, y - 1), (60, y - height + 1))
             ax.text(72, y - 13, item.label, va="center")
@@ -600,19 +581,15 @@ def _flow_down(items: Sequence[Solid | Layer]) -> Figure:
         y -= height
     return fig
 
-# %% ../nbs/figures.ipynb #c10653b1
-def _labelled(
-    ax: Axes, x: Number, y: Number, item: Solid, gap: Number, pitch: Number
-) -> None:
+# %% ../nbs/figures.ipynb #5f8a848a
+def _labelled(ax: Axes, x: Number, y: Number, item: Solid, gap: Number, pitch: Number) -> None:
     """Draw a solid with its name and sizes at its right."""
     _draw_solid(ax, x, y, item)
     ax.text(x + gap, y + 12, item.name, va="baseline", weight="bold", fontsize=9.5)
     _sizes(ax, x + gap + 10, y - 5, item.pairs, pitch)
 
 
-def _sizes(
-    ax: Axes, x: Number, y: Number, pairs: list[tuple[str, int]], pitch: Number
-) -> None:
+def _sizes(ax: Axes, x: Number, y: Number, pairs: list[tuple[str, int]], pitch: Number) -> None:
     """Print each letter with its size below it, from x to the right, letters on the line y."""
     for i, (letter, size) in enumerate(pairs):
         at = x + pitch * i
@@ -636,15 +613,13 @@ def _draw_solid(ax: Axes, x: Number, y: Number, item: Solid) -> None:
             faces.append((0.44, [side, side + back, side + back + up, side + up]))
         for alpha, corners in faces:
             edge = to_rgba(color, 1 if copy == 0 else 0.6)
-            ax.add_patch(
-                Polygon(corners, fc=_tint(color, alpha / (1 + copy)), ec=edge, lw=1)
-            )
+            ax.add_patch(Polygon(corners, fc=_tint(color, alpha / (1 + copy)), ec=edge, lw=1))
     if not depth and height > 20:  # a sheet is a list of rows
         for level in np.linspace(0, height, 8)[1:-1]:
             row = np.stack([corner, corner + right]) + (0, level)
             ax.plot(*row.T, "-", color=_tint(color, 0.55), lw=0.7)
 
-# %% ../nbs/figures.ipynb #8be0b18b
+# %% ../nbs/figures.ipynb #723a8569
 def pixels(image: Picture) -> np.ndarray:
     """Return a picture as uint8 [h, w, 3], whatever form it comes in.
 
@@ -664,9 +639,7 @@ def pixels(image: Picture) -> np.ndarray:
         and len(shape) == 3
         and shape[0] == 3
     ):
-        mean, std = (
-            torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD)
-        )
+        mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         plain = (image.detach().float().cpu() * std + mean).clamp(0, 1)
         return (plain * 255).round().byte().permute(1, 2, 0).numpy()
     array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
@@ -686,7 +659,7 @@ def picture(ax: Axes, image: Picture) -> Axes:
     ax.axis("off")
     return ax
 
-# %% ../nbs/figures.ipynb #4c855682
+# %% ../nbs/figures.ipynb #ce9acd4d
 def boxes(
     ax: Axes,
     boxes: Num[Tensor, "n 4"],
@@ -713,9 +686,7 @@ def boxes(
     _one_each("boxes", len(boxes), "labels", labels)
     corners = boxes.detach().float().cpu()
     if format == "cxcywh":
-        corners = box_convert(corners, "cxcywh", "xyxy") * torch.tensor(
-            _picture_size(ax) * 2
-        )
+        corners = box_convert(corners, "cxcywh", "xyxy") * torch.tensor(_picture_size(ax) * 2)
     halo = [Stroke(linewidth=3.6, foreground="#ffffff", alpha=0.8), Normal()]
     colors = _box_colors(len(boxes), labels, color)
     for i, (x0, y0, x1, y1) in enumerate(corners.tolist()):
@@ -729,13 +700,11 @@ def boxes(
 def _picture_size(ax: Axes) -> tuple[Number, Number]:
     """Width and height of the picture that `ax` shows."""
     if not ax.images:
-        raise ValueError(
-            "Relative boxes need their picture: call picture(ax, image) first."
-        )
+        raise ValueError("Relative boxes need their picture: call picture(ax, image) first.")
     left, right, bottom, top = ax.images[0].get_extent()
     return abs(right - left), abs(bottom - top)
 
-# %% ../nbs/figures.ipynb #9363c575
+# %% ../nbs/figures.ipynb #46774711
 def _box_colors(
     n: int, labels: Sequence[str] | None, color: str | Sequence[str] | None
 ) -> list[str]:
@@ -755,9 +724,7 @@ def _on(color: str) -> str:
     return max(("#111111", "#ffffff"), key=lambda ink: contrast(ink, color))
 
 
-def _tag(
-    ax: Axes, box: tuple[Number, Number, Number, Number], text: str, color: str
-) -> None:
+def _tag(ax: Axes, box: tuple[Number, Number, Number, Number], text: str, color: str) -> None:
     """Write a label on a coloured tag above the box, or inside it where there is no room."""
     left, right = sorted(ax.get_xlim())
     bottom, top = ax.get_ylim()
@@ -775,7 +742,7 @@ def _tag(
         bbox={"boxstyle": "square,pad=.18", "fc": color, "ec": "none"},
     )
 
-# %% ../nbs/figures.ipynb #58d30699
+# %% ../nbs/figures.ipynb #aed41c63
 def draw_boxes(
     image: Image.Image,
     boxes: Num[Tensor, "n 4"],
@@ -804,9 +771,7 @@ def draw_boxes(
         edge = (box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1)
         pen.rectangle(edge, outline="#ffffff", width=line + 2)
         pen.rectangle(box, outline=own, width=line)
-    for i, box in enumerate(
-        corners
-    ):  # tags after all boxes, so that no line crosses a name
+    for i, box in enumerate(corners):  # tags after all boxes, so that no line crosses a name
         words = [labels[i]] if labels is not None else []
         words += [f"{float(scores[i]):.2f}"] if scores is not None else []
         if words:
@@ -815,12 +780,7 @@ def draw_boxes(
 
 
 def _draw_tag(
-    pen: ImageDraw.ImageDraw,
-    x: Number,
-    y: Number,
-    text: str,
-    color: str,
-    size: tuple[int, int],
+    pen: ImageDraw.ImageDraw, x: Number, y: Number, text: str, color: str, size: tuple[int, int]
 ) -> None:
     """Write a label on a tag above (x, y), or below it at the top of the picture."""
     letters = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
@@ -830,9 +790,7 @@ def _draw_tag(
     x = max(0, min(x, size[0] - width))
     y = max(0, y - 1.3 * height)
     pen.rectangle((x, y, x + width, y + 1.3 * height), fill=color)
-    pen.text(
-        (x + 0.3 * height, y + 0.6 * height), text, fill=_on(color), font=font, anchor="lm"
-    )
+    pen.text((x + 0.3 * height, y + 0.6 * height), text, fill=_on(color), font=font, anchor="lm")
 
 # %% ../nbs/figures.ipynb #23b675df
 @styled
@@ -866,7 +824,7 @@ def layers(
         ax.set_title(titles[i] if titles else f"layer {i + 1}")
     return fig
 
-# %% ../nbs/figures.ipynb #1ada5a9f
+# %% ../nbs/figures.ipynb #bfa912df
 @styled
 def batch(
     tensors: Float[Tensor, "B 3 H0 W0"],
@@ -894,19 +852,10 @@ def batch(
             boxes(ax, corners * torch.tensor([w, h, w, h]))
         _padding(ax, w, 0, width - w, h)
         _padding(ax, 0, h, width, height - h)
-        ax.add_patch(
-            Rectangle((0, 0), width, height, fill=False, ec=INK, lw=1, clip_on=False)
-        )
+        ax.add_patch(Rectangle((0, 0), width, height, fill=False, ec=INK, lw=1, clip_on=False))
         ax.set_title(f"picture {i}: h = {h}, w = {w}")
         ax.text(width / 2, height * 1.02, f"W₀ = {width}", ha="center", va="top")
-        ax.text(
-            -width * 0.02,
-            height / 2,
-            f"H₀ = {height}",
-            ha="right",
-            va="center",
-            rotation=90,
-        )
+        ax.text(-width * 0.02, height / 2, f"H₀ = {height}", ha="right", va="center", rotation=90)
     return fig
 
 
@@ -914,15 +863,13 @@ def _padding(ax: Axes, x: Number, y: Number, width: Number, height: Number) -> N
     """Hatch a rectangle of padding, and name it where there is room."""
     if width == 0 or height == 0:
         return
-    ax.add_patch(
-        Rectangle((x, y), width, height, fc="#c9c9c9", lw=0)
-    )  # hides the zeros below
+    ax.add_patch(Rectangle((x, y), width, height, fc="#c9c9c9", lw=0))  # hides the zeros below
     ax.add_patch(Rectangle((x, y), width, height, fill=False, ec=QUIET, hatch="////", lw=0))
     if min(width / ax.get_xlim()[1], height / ax.get_ylim()[0]) > 0.12:
         words = {"ha": "center", "va": "center", "rotation": 90 if height > width else 0}
         ax.text(x + width / 2, y + height / 2, "padding", color="#111111", **words)
 
-# %% ../nbs/figures.ipynb #21462c82
+# %% ../nbs/figures.ipynb #c71f29a6
 @styled
 def sequence(
     image: Float[Tensor, "3 H0 W0"], mask: Bool[Tensor, "H W"], row: int, stride: int = 32
@@ -948,30 +895,21 @@ def sequence(
     start, end = (404 * (row + i) / rows for i in (0, 1))
     for edge, below in ((0, 0), (230, 404)):  # from the row of the map down to its tokens
         ax.plot([edge, below], [top - high / rows, 84], "-", color=ACCENT, lw=0.8)
-    for edge, below in (
-        (0, start),
-        (404, end),
-    ):  # and from these to their place in the sequence
+    for edge, below in ((0, start), (404, end)):  # and from these to their place in the sequence
         ax.plot([edge, below], [66, 34], "-", color=ACCENT, lw=0.8)
-    for x, y, w, h in (
-        (0, top, 230, -high / rows),
-        (0, 66, 404, 18),
-        (start, 16, end - start, 18),
-    ):
+    for x, y, w, h in ((0, top, 230, -high / rows), (0, 66, 404, 18), (start, 16, end - start, 18)):
         ax.add_patch(Rectangle((x, y), w, h, fill=False, ec=ACCENT, lw=1.6))
     _sequence_words(ax, rows, columns, row, low)
     ax.set(xlim=(-3, 407), ylim=(0, 330))
     return fig
 
-# %% ../nbs/figures.ipynb #af37dfc6
+# %% ../nbs/figures.ipynb #4163aeef
 def _cell_colors(
     image: Float[Tensor, "3 H0 W0"], mask: Bool[Tensor, "H W"], stride: int
 ) -> np.ndarray:
     """The mean colour of the pixels under each cell as red, green, blue, opacity; padding grey."""
     plain = torch.from_numpy(pixels(image)).permute(2, 0, 1)[None] / 255
-    colors = torch.nn.functional.avg_pool2d(plain, stride, ceil_mode=True)[0].permute(
-        1, 2, 0
-    )
+    colors = torch.nn.functional.avg_pool2d(plain, stride, ceil_mode=True)[0].permute(1, 2, 0)
     if colors.shape[:2] != mask.shape:
         raise ValueError(
             f"Cells of {stride} pixels make a map of {list(colors.shape[:2])}, but the mask has"
@@ -985,21 +923,15 @@ def _cell_colors(
 def _sequence_words(ax: Axes, rows: int, columns: int, row: int, low: Number) -> None:
     """Name the sizes of the map, the tokens of the row and the length of the sequence."""
     first, last, end = row * columns, (row + 1) * columns - 1, rows * columns
-    words = f"H = {rows} rows,\nW = {columns} columns\n\nS = H·W\n   = {rows}·{columns}\n   = {end} tokens"
-    ax.text(244, 316, words, va="top", linespacing=1.35)
+    sizes = f"H = {rows} rows,\nW = {columns} columns"
+    total = f"S = H·W\n   = {rows}·{columns}\n   = {end} tokens"
+    ax.text(244, 316, f"{sizes}\n\n{total}", va="top", linespacing=1.35)
     ax.text(244, low + 8, "grey cells are padding", va="bottom", color=QUIET)
-    ax.text(
-        202,
-        90,
-        f"row {row}: tokens {first} to {last}",
-        ha="center",
-        va="bottom",
-        color=ACCENT,
-    )
+    ax.text(202, 90, f"row {row}: tokens {first} to {last}", ha="center", va="bottom", color=ACCENT)
     ax.text(0, 12, "token 0", va="top")
     ax.text(404, 12, f"token {end - 1}", ha="right", va="top")
 
-# %% ../nbs/figures.ipynb #1f56ab99
+# %% ../nbs/figures.ipynb #c2c88a69
 #: Dark to light in every kind of sight.
 MAP = "viridis"
 
@@ -1035,12 +967,10 @@ def maps(
     bar.solids.remove()  # 256 polygons, where one column of pixels does
     bar.outline.set_visible(False)
     ramp = np.linspace(high, low, 256)[:, None]
-    bar.ax.imshow(
-        ramp, extent=(0, 1, low, high), cmap=MAP, aspect="auto", interpolation="none"
-    )
+    bar.ax.imshow(ramp, extent=(0, 1, low, high), cmap=MAP, aspect="auto", interpolation="none")
     return fig
 
-# %% ../nbs/figures.ipynb #730efc39
+# %% ../nbs/figures.ipynb #161bce53
 def overlay(
     ax: Axes,
     image: Picture,
@@ -1072,9 +1002,7 @@ def overlay(
     if cell is not None:
         h = stride or array.shape[0] / weights.shape[0]
         w = stride or array.shape[1] / weights.shape[1]
-        ax.add_patch(
-            Rectangle((cell[1] * w, cell[0] * h), w, h, fill=False, ec=ACCENT, lw=2)
-        )
+        ax.add_patch(Rectangle((cell[1] * w, cell[0] * h), w, h, fill=False, ec=ACCENT, lw=2))
     return ax
 
 
@@ -1093,7 +1021,7 @@ def _over(
     weights = weights.repeat_interleave(stride, 0).repeat_interleave(stride, 1)
     return weights[: size[0], : size[1]]
 
-# %% ../nbs/figures.ipynb #94bc8623
+# %% ../nbs/figures.ipynb #b69b0f7d
 @styled
 def matrix(
     values: Num[Tensor, "r c"],
@@ -1134,9 +1062,7 @@ def matrix(
         for j in range(c):
             ax.text(j, i, f"{table[i, j]:.{digits}f}", ha="center", va="center")
     for i, j in marked or ():
-        ax.add_patch(
-            Rectangle((j - 0.47, i - 0.45), 0.94, 0.9, fill=False, ec=ACCENT, lw=2.2)
-        )
+        ax.add_patch(Rectangle((j - 0.47, i - 0.45), 0.94, 0.9, fill=False, ec=ACCENT, lw=2.2))
     ax.set_xticks(range(c), columns or [str(j) for j in range(c)])
     ax.set_yticks(range(r), rows or [str(i) for i in range(r)])
     ax.tick_params(length=0, labeltop=True, labelbottom=False)
@@ -1145,11 +1071,9 @@ def matrix(
     ax.xaxis.set_label_position("top")
     return fig
 
-# %% ../nbs/figures.ipynb #186218f7
+# %% ../nbs/figures.ipynb #083ccddf
 @styled
-def ledger(
-    losses: Mapping[str, Number | Tensor], weights: Mapping[str, Number | Tensor]
-) -> Figure:
+def ledger(losses: Mapping[str, Number | Tensor], weights: Mapping[str, Number | Tensor]) -> Figure:
     """Draw losses as a ledger: a bar for each value times its weight, which add up to the total.
 
     Args:
@@ -1161,16 +1085,12 @@ def ledger(
     """
     names = [name for name in losses if name in weights]
     if not names:
-        raise ValueError(
-            f"None of the losses {', '.join(losses)} has a weight: nothing adds up."
-        )
+        raise ValueError(f"None of the losses {', '.join(losses)} has a weight: nothing adds up.")
     fig, ax = subplots(height=0.6 + 0.3 * len(names))
     lines, total = [], 0.0
     for i, name in enumerate(names):
         value, weight = float(losses[name]), float(weights[name])
-        ax.barh(
-            i, value * weight, left=total, color=list(PALETTE.values())[i % len(PALETTE)]
-        )
+        ax.barh(i, value * weight, left=total, color=list(PALETTE.values())[i % len(PALETTE)])
         total += value * weight
         lines.append(f"{name}  {value:.3f} × {weight:g}")
         _beside(ax, total, i, f"{value * weight:.3f}")
@@ -1249,7 +1169,7 @@ def histogram(
     ax.set(xlabel=xlabel, ylabel="count")
     return fig
 
-# %% ../nbs/figures.ipynb #fabdb903
+# %% ../nbs/figures.ipynb #0f13063f
 #: The parts of the map, and the chapters that build them.
 PARTS = {
     "data": 1,
@@ -1293,9 +1213,7 @@ def detr_map(
     shapes = shapes or {}
     for part in [*lit, *shapes]:
         if part not in PARTS:
-            raise ValueError(
-                f"{part!r} is not on the map of DETR; it shows {', '.join(PARTS)}."
-            )
+            raise ValueError(f"{part!r} is not on the map of DETR; it shows {', '.join(PARTS)}.")
     fig, ax = _canvas(404, 218 if shapes else 208)
     _map_lines(ax)
     for part in PARTS:
@@ -1308,7 +1226,7 @@ def detr_map(
         ax.text(x, y + (28 if above else -28), sizes, ha="center", va=va, fontsize=7.5)
     return fig
 
-# %% ../nbs/figures.ipynb #49b902ba
+# %% ../nbs/figures.ipynb #332a8b0e
 def _place(part: str) -> tuple[Number, Number]:
     """The centre of a part, in points."""
     row = next(row for row in ROWS if part in row)
@@ -1319,16 +1237,10 @@ def _map_part(ax: Axes, part: str, lit: bool) -> None:
     """Draw one part: a tile with its chapter's number, an emblem and its name."""
     x, y = _place(part)
     color = ACCENT if lit else QUIET
-    style = {
-        "boxstyle": "round,pad=3,rounding_size=6",
-        "ec": color,
-        "lw": 2.2 if lit else 0.9,
-    }
+    style = {"boxstyle": "round,pad=3,rounding_size=6", "ec": color, "lw": 2.2 if lit else 0.9}
     fill = _tint(color, 0.24 if lit else 0.07)
     ax.add_patch(FancyBboxPatch((x - 26, y - 22), 52, 44, fc=fill, **style))
-    ax.text(
-        x - 25.5, y + 22, str(PARTS[part]), fontsize=7.5, va="top", alpha=1 if lit else 0.7
-    )
+    ax.text(x - 25.5, y + 22, str(PARTS[part]), fontsize=7.5, va="top", alpha=1 if lit else 0.7)
     bold = "bold" if lit and len(part) < 9 else "normal"  # longer names do not fit in bold
     ax.text(x, y - 20.5, part, ha="center", va="baseline", weight=bold)
     for kind, points in EMBLEMS[part]:
@@ -1379,7 +1291,7 @@ def _map_lines(ax: Axes) -> None:
         x = _place(part)[0]
         _line(ax, [(x, BUS), (x, 51.5)])
 
-# %% ../nbs/figures.ipynb #3efd8e12
+# %% ../nbs/figures.ipynb #1bc9a95c
 #: A stroke of an emblem: how it is drawn, and its points in a unit square.
 Mark = tuple[str, list[tuple[Number, Number]]]
 
@@ -1397,11 +1309,9 @@ def _curve(kind: str, x: np.ndarray, y: np.ndarray) -> Mark:
 def _arc(kind: str, x0: Number, x1: Number) -> Mark:
     """A bow over the tokens, from x0 to x1."""
     t = np.linspace(np.pi, 0, 20)
-    return _curve(
-        kind, (x0 + x1 + (x1 - x0) * np.cos(t)) / 2, 0.26 + 0.9 * (x1 - x0) * np.sin(t)
-    )
+    return _curve(kind, (x0 + x1 + (x1 - x0) * np.cos(t)) / 2, 0.26 + 0.9 * (x1 - x0) * np.sin(t))
 
-# %% ../nbs/figures.ipynb #46ad7aa4
+# %% ../nbs/figures.ipynb #40910088
 def _emblems() -> dict[str, list[Mark]]:
     """What stands for each part of the map: "fill", "line", "thin" or "dot" strokes."""
     t = np.linspace(0, 1, 40)
@@ -1410,24 +1320,12 @@ def _emblems() -> dict[str, list[Mark]]:
     token = [0.09 + 0.2 * i for i in range(5)]
     tokens = [_box("fill", x - 0.07, 0, x + 0.07, 0.24) for x in token]
     query = [0.2, 0.5, 0.8]
-    stairs = [
-        (0, 0.9),
-        (0.35, 0.9),
-        (0.35, 0.7),
-        (0.65, 0.7),
-        (0.65, 0.4),
-        (0.9, 0.4),
-        (0.9, 0),
-    ]
+    stairs = [(0, 0.9), (0.35, 0.9), (0.35, 0.7), (0.65, 0.7), (0.65, 0.4), (0.9, 0.4), (0.9, 0)]
     edges = [((0.15, a), (0.85, b)) for a, b in ((0.9, 0.5), (0.5, 0.1), (0.1, 0.9))]
     arcs = [_arc("thin", token[i], token[j]) for i, j in ((0, 2), (0, 4), (1, 3), (2, 4))]
     looks = [(0, 0), (0, 1), (1, 2), (1, 3), (2, 3), (2, 4)]
     return {
-        "data": [
-            frame,
-            _box("fill", 0.2, 0.2, 0.5, 0.75),
-            _box("fill", 0.6, 0.4, 0.8, 0.8),
-        ],
+        "data": [frame, _box("fill", 0.2, 0.2, 0.5, 0.75), _box("fill", 0.6, 0.4, 0.8, 0.8)],
         "batch": [
             _box("thin", 0.22, 0.2, 1, 1),
             _box("line", 0, 0, 0.78, 0.8),
@@ -1455,11 +1353,9 @@ def _emblems() -> dict[str, list[Mark]]:
             ),
             _box("line", 0.6, 0.1, 1, 0.9),
         ],
-        "matcher": [("thin", [*e]) for e in edges]
-        + [("dot", [p]) for e in edges for p in e],
+        "matcher": [("thin", [*e]) for e in edges] + [("dot", [p]) for e in edges for p in e],
         "loss": [
-            _box("fill", x, 0, x + 0.2, h)
-            for x, h in ((0.08, 1), (0.38, 0.62), (0.68, 0.35))
+            _box("fill", x, 0, x + 0.2, h) for x, h in ((0.08, 1), (0.38, 0.62), (0.68, 0.35))
         ],
         "evaluation": [axes, ("line", stairs)],
         "training": [axes, _curve("line", t, 0.12 + 0.8 * np.exp(-4 * t))],
