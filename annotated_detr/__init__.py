@@ -45,7 +45,20 @@ _EXPORTS = {
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
-__all__ = ["__version__", *_MODULE_OF]
+__all__ = ["__version__", "versions", *_MODULE_OF]
+
+
+def versions() -> str:
+    """What runs here, in one line: the first that a report of a mistake should say."""
+    import platform
+
+    import torch
+
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = "Apple's GPU" if torch.backends.mps.is_available() else "the CPU"
+    return f"{__name__} {__version__}, torch {torch.__version__}, Python {platform.python_version()}, on {device}"
 
 
 def __getattr__(name: str):

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['SOURCES', 'BCCD_CLASSES', 'NOTES_FILE', 'Archive', 'Source', 'plan', 'fetch', 'download', 'Conversion', 'convert_voc']
 
-# %% ../nbs/datasets.ipynb #db8a9326
+# %% ../nbs/datasets.ipynb #a727e5dd
 import contextlib
 import hashlib
 import http.client
@@ -26,9 +26,8 @@ from xml.etree import ElementTree
 from xml.parsers import expat
 
 from PIL import Image
-from tqdm import tqdm
 
-from .scenes import write_atomically
+from .scenes import progress_bar, write_atomically
 
 # %% ../nbs/datasets.ipynb #95af7dcf
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Source:
     splits: dict[str, tuple[str, str]]
     finish: Callable[[Path], None] | None = None
 
-# %% ../nbs/datasets.ipynb #72457967
+# %% ../nbs/datasets.ipynb #7a75515d
 SOURCES: dict[str, Source] = {
     "coco": Source(
         title="COCO 2017, the data set of the paper: photographs with 80 classes of everyday objects",
@@ -116,7 +115,7 @@ SOURCES: dict[str, Source] = {
     ),
 }
 
-# %% ../nbs/datasets.ipynb #a04a66b6
+# %% ../nbs/datasets.ipynb #13cda0f4
 BCCD_CLASSES = ("RBC", "WBC", "Platelets")
 _BCCD_COMMIT = "135df0221baca7b51c18190791522ddeba8fddbf"
 _BCCD_PICTURES = {"train": 205, "val": 87, "test": 72}
@@ -151,11 +150,11 @@ SOURCES["bccd"] = Source(
             room=20_000_000,
         ),
     ),
-    splits={split: ("images", f"{split}.json") for split in ("train", "val", "test")},
+    splits={split: ("images", f"{split}.json") for split in _BCCD_PICTURES},
     finish=_finish_bccd,
 )
 
-# %% ../nbs/datasets.ipynb #477a5972
+# %% ../nbs/datasets.ipynb #fdd9dbfe
 def plan(name: str) -> str:
     """Says what `download` would fetch: from where, how large, with which checksums.
 
@@ -200,7 +199,7 @@ def _bytes(n: int | float) -> str:
         n /= 1000
     return f"{n:,.1f} GB"
 
-# %% ../nbs/datasets.ipynb #6cfa765b
+# %% ../nbs/datasets.ipynb #cbc3a7e8
 def _length(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
@@ -226,10 +225,9 @@ def _fetch_rest(url: str, part: Path, size: int | None, progress: bool) -> bool:
                 "this is another file, and it was not fetched"
             )
         bar = {"total": whole, "initial": start, "unit": "B", "unit_scale": True}
-        quiet = {} if progress else {"disable": True}
         with (
             open(part, "ab" if start else "wb") as file,
-            tqdm(desc=part.stem, **bar, **quiet) as shown,
+            progress_bar(shown=progress, desc=part.stem, **bar) as shown,
         ):
             while block := response.read(1 << 18):
                 file.write(block)
@@ -303,7 +301,7 @@ _BROKEN = (
     socket.gaierror,
 )
 
-# %% ../nbs/datasets.ipynb #37e62591
+# %% ../nbs/datasets.ipynb #e784e3b4
 def _members(archive: Archive, box: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """The files of the wanted folder: path within the folder → entry of the archive."""
     found = {}
@@ -327,16 +325,14 @@ def _unpack(
     archive: Archive, path: Path, folder: Path, progress: bool
 ) -> dict[str, list[int]]:
     """Unpacks the wanted folder; returns size and CRC of every file. A second call goes on."""
-    draft, quiet = (
-        folder / f".{archive.folder}.unpacking",
-        {} if progress else {"disable": True},
-    )
+    draft = folder / f".{archive.folder}.unpacking"
     if archive.sha256 is None:  # what is there may come from another archive
         shutil.rmtree(draft, ignore_errors=True)
     try:
         with zipfile.ZipFile(path) as box:
             members = _members(archive, box)
-            for name, entry in tqdm(members.items(), f"unpack {archive.name}", **quiet):
+            bar = {"desc": f"unpack {archive.name}"}
+            for name, entry in progress_bar(members.items(), progress, **bar):
                 target = draft / name
                 if _length(target) == entry.file_size and target.is_file():
                     continue
@@ -357,13 +353,14 @@ def _unpack(
     os.replace(draft, folder / archive.folder)
     return {name: [entry.file_size, entry.CRC] for name, entry in members.items()}
 
-# %% ../nbs/datasets.ipynb #162dc307
+# %% ../nbs/datasets.ipynb #4376ed5a
 def _sha256(path: Path, progress: bool) -> str:
-    digest, quiet = hashlib.sha256(), {} if progress else {"disable": True}
-    bar = tqdm(
-        desc=f"verify {path.name}", total=_length(path), unit="B", unit_scale=True, **quiet
-    )
-    with open(path, "rb") as file, bar as shown:
+    digest = hashlib.sha256()
+    bar = {"desc": f"verify {path.name}", "total": _length(path), "unit": "B"}
+    with (
+        open(path, "rb") as file,
+        progress_bar(shown=progress, unit_scale=True, **bar) as shown,
+    ):
         while block := file.read(1 << 20):
             digest.update(block)
             shown.update(len(block))
@@ -392,7 +389,7 @@ def _verify(archive: Archive, path: Path, folder: Path, progress: bool) -> str:
         )
     return found
 
-# %% ../nbs/datasets.ipynb #6fd13f80
+# %% ../nbs/datasets.ipynb #103a1c11
 def _faults(folder: Path, files: dict[str, list[int]], thorough: bool) -> Iterator[str]:
     """The files that are missing or have changed; their content is read only if `thorough`."""
     for name, (size, crc) in files.items():
@@ -471,7 +468,7 @@ def download(
         source.finish(folder)
     return splits
 
-# %% ../nbs/datasets.ipynb #336dfbc4
+# %% ../nbs/datasets.ipynb #33de1395
 def _look_for_room(missing: Sequence[Archive], folder: Path) -> None:
     """Stops while there is too little room on the disk."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -530,7 +527,7 @@ def _coco_box(corners: Sequence[float | int], inclusive: bool) -> list[float | i
     one = int(inclusive)
     return [xmin - one, ymin - one, xmax - xmin + one, ymax - ymin + one]
 
-# %% ../nbs/datasets.ipynb #babaae1c
+# %% ../nbs/datasets.ipynb #2547bfaf
 _MOST_XML = 20_000_000  # bytes; ten thousand boxes are two million
 
 
@@ -556,7 +553,7 @@ def _read_xml(path: Path) -> ElementTree.Element:
     except (expat.ExpatError, AssertionError, LookupError) as error:
         raise ValueError(f"it is not valid XML ({error})") from None
 
-# %% ../nbs/datasets.ipynb #3f4cf367
+# %% ../nbs/datasets.ipynb #1b7926f6
 @dataclass
 class Conversion:
     """What `convert_voc` wrote, and what it could not take as it was.
@@ -656,7 +653,7 @@ def convert_voc(
         write_atomically(out / NOTES_FILE, notes.encode())
     return done
 
-# %% ../nbs/datasets.ipynb #5f861996
+# %% ../nbs/datasets.ipynb #c1a8bdcb
 class _Voc:
     """A Pascal VOC folder: where its pictures, annotations and lists are."""
 
@@ -718,7 +715,7 @@ class _Voc:
         found = [_object(node, f"{path.name}, object {i}", notes) for i, node in objects]
         return _Parsed(picture.name, *size, [one for one in found if one is not None])
 
-# %% ../nbs/datasets.ipynb #78bc513f
+# %% ../nbs/datasets.ipynb #ea9f1938
 @dataclass
 class _Object:
     """An object as the XML has it."""
@@ -786,7 +783,7 @@ def _object(node: ElementTree.Element, where: str, notes: list[str]) -> _Object 
     notes.append(f"{where}: {fault}; the object was left out")
     return None
 
-# %% ../nbs/datasets.ipynb #28d2bf29
+# %% ../nbs/datasets.ipynb #b2073562
 def _number_classes(
     parsed: dict[str, _Parsed | None], class_names: Sequence[str] | None
 ) -> dict[str, int]:

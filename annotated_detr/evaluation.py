@@ -5,7 +5,7 @@ __all__ = ['COCO_SIZES', 'TWELVE', 'average_precision', 'size_rule', 'ClassScore
            'predict_batches', 'collect', 'evaluate', 'precision_recall_curves', 'confusion_matrix', 'draw_curves',
            'draw_confusion', 'save_evaluation']
 
-# %% ../nbs/09_evaluation.ipynb #a3552798
+# %% ../nbs/09_evaluation.ipynb #f044cf0b
 import contextlib
 import io
 import json
@@ -22,10 +22,10 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
-from tqdm import tqdm
 
 from . import figures
 from .detr import PostProcess
+from .scenes import progress_bar
 
 # %% ../nbs/09_evaluation.ipynb #ea03f528
 def average_precision(correct: Bool[np.ndarray, " detections"], num_boxes: int) -> float:
@@ -163,7 +163,7 @@ class Scores:
     def __str__(self) -> str:
         return "\n".join(_report(self))
 
-# %% ../nbs/09_evaluation.ipynb #bc7ce8d4
+# %% ../nbs/09_evaluation.ipynb #2dbcc682
 def _shown(value: float | None) -> str:
     return "    –" if value is None else f"{value:.3f}"
 
@@ -181,7 +181,7 @@ def _report(scores: Scores) -> Iterator[str]:
     yield f"\n{scores.boxes} boxes in {scores.pictures} pictures{batch}"
     yield f"at most {scores.max_dets} detections; {size_rule(scores.size_thresholds)}"
 
-# %% ../nbs/09_evaluation.ipynb #02703a9c
+# %% ../nbs/09_evaluation.ipynb #69b18604
 def _as_arrays(image_id: int, result: Mapping) -> dict[str, np.ndarray]:
     """One picture's result as arrays, or one sentence that says why it cannot be scored."""
     names = ("scores", "labels", "boxes")
@@ -286,7 +286,7 @@ class CocoScorer:
         """The scores on some pictures; all of the ground truth if None."""
         return _summary(self, self.score(image_ids))
 
-# %% ../nbs/09_evaluation.ipynb #0a72f707
+# %% ../nbs/09_evaluation.ipynb #62417a91
 def _check_settings(scorer: CocoScorer) -> None:
     known = sorted(scorer.coco_gt.cats)
     for category_id in scorer.category_ids:
@@ -309,7 +309,7 @@ def _rows(scorer: CocoScorer, image_id: int) -> Iterator[dict]:
         bbox = [x0, y0, x1 - x0, y1 - y0]
         yield {"image_id": image_id, "category_id": label, "bbox": bbox, "score": score}
 
-# %% ../nbs/09_evaluation.ipynb #0c9a055c
+# %% ../nbs/09_evaluation.ipynb #6a72b3b7
 def _comparable(scorer: CocoScorer, image_ids: list[int]) -> tuple[COCO, COCO]:
     """True and found boxes as pycocotools wants them: copies, complete, numbered from 1."""
     images = [scorer.coco_gt.imgs[image_id] for image_id in image_ids]
@@ -336,7 +336,7 @@ def _complete(row: dict, number: int, unit: dict[int, int]) -> dict:
     area = row.get("area", row["bbox"][2] * row["bbox"][3]) / unit[row["image_id"]]
     return row | {"id": number, "area": area, "iscrowd": int(row.get("iscrowd", 0))}
 
-# %% ../nbs/09_evaluation.ipynb #2e05a373
+# %% ../nbs/09_evaluation.ipynb #8f4684a6
 def _run_pycocotools(truth: COCO, results: COCO, sizes: tuple, max_dets: int) -> COCOeval:
     evaluation = COCOeval(truth, results, "bbox")
     small, medium = sizes
@@ -353,12 +353,10 @@ def _mean(values: np.ndarray) -> float | None:
     measured = values[values > -1]
     return float(measured.mean()) if measured.size else None
 
-# %% ../nbs/09_evaluation.ipynb #e661af04
+# %% ../nbs/09_evaluation.ipynb #437aafa9
 def _twelve_numbers(evaluation: COCOeval) -> dict[str, float | None]:
-    precision = evaluation.eval[
-        "precision"
-    ]  # [thresholds, recalls, classes, sizes, limits]
-    recall = evaluation.eval["recall"]  # [thresholds, classes, sizes, limits]
+    precision = evaluation.eval["precision"]  # [T, R, K, A, D]
+    recall = evaluation.eval["recall"]  # [T, K, A, D]
     slices = [precision[..., 0, -1], precision[0, ..., 0, -1], precision[5, ..., 0, -1]]
     slices += [precision[..., size, -1] for size in (1, 2, 3)]
     ten = min(1, recall.shape[-1] - 1)
@@ -398,7 +396,7 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
         for module, training in modes.items():
             module.training = training
 
-# %% ../nbs/09_evaluation.ipynb #afd4404a
+# %% ../nbs/09_evaluation.ipynb #e9560eba
 def predict_batches(
     model: nn.Module,
     data_loader: Iterable,
@@ -419,11 +417,9 @@ def predict_batches(
         are x0y0x1y1 in pixels of the original picture.
     """
     postprocess = PostProcess()
-    quiet = {} if progress else {"disable": True}
     with eval_mode(model):
-        for samples, targets in tqdm(
-            data_loader, "evaluate", unit="batch", leave=False, **quiet
-        ):
+        bar = {"desc": "evaluate", "unit": "batch", "leave": False}
+        for samples, targets in progress_bar(data_loader, progress, **bar):
             with torch.inference_mode():
                 outputs = model(samples.to(device))
                 # Boxes are relative to a picture without its padding: scale them by its own size.
@@ -438,7 +434,7 @@ def predict_batches(
                 for target, result in zip(targets, results)
             }
 
-# %% ../nbs/09_evaluation.ipynb #521e4fbd
+# %% ../nbs/09_evaluation.ipynb #051a106f
 def collect(
     model: nn.Module,
     data_loader: Iterable,
@@ -556,7 +552,7 @@ def confusion_matrix(
             counts[index[true], index[seen]] += 1
     return counts
 
-# %% ../nbs/09_evaluation.ipynb #90225787
+# %% ../nbs/09_evaluation.ipynb #3b8053d4
 def _pairs(
     boxes: list[dict], found: list[dict], iou_threshold: float
 ) -> Iterator[tuple[int | None, int | None]]:
@@ -578,7 +574,7 @@ def _pairs(
     for box in np.flatnonzero(free):
         yield boxes[box]["category_id"], None
 
-# %% ../nbs/09_evaluation.ipynb #d4e85248
+# %% ../nbs/09_evaluation.ipynb #79ea13fd
 def draw_curves(
     scorer: CocoScorer, image_ids: Iterable[int] | None = None, most: int = 4
 ) -> Figure | None:
@@ -604,7 +600,7 @@ def draw_curves(
     }
     return figures.curves(shown, "recall", "precision at IoU 0.5", height=3.0)
 
-# %% ../nbs/09_evaluation.ipynb #1b6d1817
+# %% ../nbs/09_evaluation.ipynb #ffbefef0
 def draw_confusion(
     scorer: CocoScorer,
     image_ids: Iterable[int] | None = None,
@@ -635,7 +631,7 @@ def draw_confusion(
         ylabel="true",
     )
 
-# %% ../nbs/09_evaluation.ipynb #a9efe201
+# %% ../nbs/09_evaluation.ipynb #4c53376d
 def save_evaluation(
     scorer: CocoScorer, folder: str | Path, image_ids: Iterable[int] | None = None
 ) -> Scores:

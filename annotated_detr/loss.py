@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['Matched', 'flatten_matches', 'classification_loss', 'box_losses', 'class_error', 'cardinality_error',
-           'foreground_accuracy', 'no_object_share', 'Normalizer', 'step_normalizer', 'layer_losses', 'match_layers',
+           'foreground_accuracy', 'no_object_share', 'Normalizer', 'step_normalizer', 'match_layers', 'layer_losses',
            'SetCriterion', 'weighted_sum', 'build_criterion']
 
-# %% ../nbs/08_loss.ipynb #6d400cb4
+# %% ../nbs/08_loss.ipynb #dd81d089
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,20 +13,21 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, distributed, nn
-from torchvision.ops import box_convert, generalized_box_iou_loss
+from torchvision.ops import box_convert
 
-from .matcher import HungarianMatcher, check_batch
+from .matcher import HungarianMatcher, check_batch, paired_giou
 
-# %% ../nbs/08_loss.ipynb #9824d8ba
+# %% ../nbs/08_loss.ipynb #c7e87bc6
 class Matched(NamedTuple):
     """All matches of a batch: which query of which picture answers for which box.
 
     `target` counts through the true boxes of all pictures, as if they were concatenated.
+    With several decoder layers, each has a row of its own.
     """
 
-    picture: Int64[Tensor, " matched"]
-    query: Int64[Tensor, " matched"]
-    target: Int64[Tensor, " matched"]
+    picture: Int64[Tensor, "*layers matched"]
+    query: Int64[Tensor, "*layers matched"]
+    target: Int64[Tensor, "*layers matched"]
 
 
 def flatten_matches(
@@ -38,13 +39,15 @@ def flatten_matches(
     for position, (query, target) in enumerate(matches):
         rows.append(torch.stack([torch.full_like(query, position), query, target + offset]))
         offset += len(target)
-    return Matched(*torch.cat(rows, dim=1).to(device))
+    return Matched(*torch.cat(rows, dim=1).to(device, non_blocking=True))
 
-# %% ../nbs/08_loss.ipynb #2e6be675
+# %% ../nbs/08_loss.ipynb #63e4233a
 def classification_loss(
-    logits: Float[Tensor, "B N classes"], target_classes: Int64[Tensor, "B N"],
-    class_weight: Float[Tensor, " classes"], weight_sum: Float[Tensor, ""],
-) -> Float[Tensor, ""]:
+    logits: Float[Tensor, "*layers B N classes"],
+    target_classes: Int64[Tensor, "*layers B N"],
+    class_weight: Float[Tensor, " classes"],
+    weight_sum: Float[Tensor, ""],
+) -> Float[Tensor, "*layers"]:
     """Cross-entropy of every query, weighted by its target class (Equation 2, first term).
 
     Args:
@@ -53,46 +56,48 @@ def classification_loss(
         class_weight: 1 for the classes and a small number for no-object.
         weight_sum: what to divide by: the sum of the weights of all targets of the step.
     """
-    flat = logits.float().flatten(0, 1), target_classes.flatten()
-    return F.cross_entropy(*flat, class_weight, reduction="sum") / weight_sum
+    flat = logits.float().flatten(0, -2), target_classes.flatten()
+    surprise = F.cross_entropy(*flat, class_weight, reduction="none")
+    return surprise.view(target_classes.shape).sum((-2, -1)) / weight_sum
 
-# %% ../nbs/08_loss.ipynb #e4d2123b
+# %% ../nbs/08_loss.ipynb #9e5d8512
 def box_losses(
-    boxes: Float[Tensor, "matched 4"], target_boxes: Float[Tensor, "matched 4"],
+    boxes: Float[Tensor, "*layers matched 4"],
+    target_boxes: Float[Tensor, "*layers matched 4"],
     num_boxes: Float[Tensor, ""],
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+) -> tuple[Float[Tensor, "*layers"], Float[Tensor, "*layers"]]:
     """L1 distance and 1 - GIoU of matched boxes, over `num_boxes` (Appendix A.2).
 
     Boxes are (cx, cy, w, h) in 0..1. Without any match both losses are zero and still know
     their way back to the predictions.
     """
     boxes, target_boxes = boxes.float(), target_boxes.float()
-    distance = F.l1_loss(boxes, target_boxes, reduction="sum")
+    distance = (boxes - target_boxes).abs().sum((-2, -1))
     corners = (box_convert(b, "cxcywh", "xyxy") for b in (boxes, target_boxes))
-    # No epsilon: true boxes have an area, so none is divided by 0; tiny boxes stay exact.
-    giou = generalized_box_iou_loss(*corners, reduction="sum", eps=0)
+    giou = (1 - paired_giou(*corners)).sum(-1)
     return distance / num_boxes, giou / num_boxes
 
-# %% ../nbs/08_loss.ipynb #9c1badaf
+# %% ../nbs/08_loss.ipynb #7bd7ab3f
 @torch.no_grad()
 def class_error(
-    logits: Float[Tensor, "matched classes"], labels: Int64[Tensor, " matched"]
-) -> Float[Tensor, ""]:
+    logits: Float[Tensor, "*layers matched classes"],
+    labels: Int64[Tensor, "*layers matched"],
+) -> Float[Tensor, "*layers"]:
     """Percentage of matched queries whose highest score is not their class.
 
     Answering no-object counts as wrong. 0 if nothing is matched.
     """
     wrong = (logits.argmax(-1) != labels).float()
-    return 100 * wrong.sum() / max(len(labels), 1)
+    return 100 * wrong.sum(-1) / max(labels.shape[-1], 1)
 
 
 @torch.no_grad()
 def cardinality_error(
-    logits: Float[Tensor, "B N classes"], num_boxes: Float[Tensor, " B"]
-) -> Float[Tensor, ""]:
+    logits: Float[Tensor, "*layers B N classes"], num_boxes: Float[Tensor, " B"]
+) -> Float[Tensor, "*layers"]:
     """By how many the queries that claim an object miss the number of boxes, on average."""
     claims = logits.argmax(-1) != logits.shape[-1] - 1
-    return (claims.sum(1).float() - num_boxes).abs().mean()
+    return (claims.sum(-1).float() - num_boxes).abs().mean(-1)
 
 # %% ../nbs/08_loss.ipynb #2f91d6cc
 @torch.no_grad()
@@ -112,7 +117,7 @@ def no_object_share(logits: Float[Tensor, "B N classes"]) -> Float[Tensor, ""]:
     """Percentage of all queries whose highest score is no-object."""
     return 100 * (logits.argmax(-1) == logits.shape[-1] - 1).float().mean()
 
-# %% ../nbs/08_loss.ipynb #783364d0
+# %% ../nbs/08_loss.ipynb #d0707554
 class Normalizer(NamedTuple):
     """What the losses of one optimiser step are divided by."""
 
@@ -138,7 +143,7 @@ def step_normalizer(
     labels = torch.cat([target["labels"] for target in targets])
     unmatched = num_queries * len(targets) - len(labels)
     weight_sum = class_weight[labels].sum() + unmatched * class_weight[-1]
-    totals, processes = torch.stack([weight_sum.new_tensor(len(labels)), weight_sum]), 1
+    totals, processes = torch.stack([weight_sum.new_full((), len(labels)), weight_sum]), 1
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(totals)
         processes = distributed.get_world_size()
@@ -146,18 +151,50 @@ def step_normalizer(
     num_boxes, weight_sum = totals[0].clamp(min=1), totals[1].clamp(min=1e-6)
     return Normalizer(num_boxes / processes, weight_sum / processes)
 
-# %% ../nbs/08_loss.ipynb #f5244c56
+# %% ../nbs/08_loss.ipynb #34b59b4f
+@torch.no_grad()
+def match_layers(
+    matcher: Callable[..., Any],
+    layers: Sequence[dict[str, Any]],
+    targets: Sequence[dict[str, Any]],
+) -> Matched:
+    """Match the predictions of L decoder layers: one row of matches for each.
+
+    Raises what `check_batch` raises, and ValueError if layers differ in number of matches.
+    """
+    if isinstance(matcher, HungarianMatcher):  # checks, and matches all layers in one go
+        by_layer = matcher.match_layers(layers, targets)
+    else:
+        check_batch({**layers[0], "aux_outputs": layers[1:]}, targets)
+        by_layer = [matcher(layer, targets) for layer in layers]
+    flat = [torch.stack(flatten_matches(matches)) for matches in by_layer]
+    if len({matches.shape for matches in flat}) > 1:
+        counts = [matches.shape[1] for matches in flat]
+        raise ValueError(
+            f"The matcher found {counts} pairs in the decoder layers: every layer has to "
+            "match as many as the others."
+        )
+    device = layers[0]["pred_logits"].device
+    return Matched(*torch.stack(flat, dim=1).to(device, non_blocking=True))
+
+# %% ../nbs/08_loss.ipynb #25b0229a
 def layer_losses(
-    outputs: dict[str, Any], targets: Sequence[dict[str, Any]], matched: Matched,
-    class_weight: Float[Tensor, " classes"], normalizer: Normalizer, losses: Sequence[str],
-) -> dict[str, Float[Tensor, ""]]:
-    """The losses of one decoder layer whose queries have been matched."""
-    logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
-    answers = matched.picture, matched.query
+    layers: Sequence[dict[str, Any]],
+    targets: Sequence[dict[str, Any]],
+    matched: Matched,
+    class_weight: Float[Tensor, " classes"],
+    normalizer: Normalizer,
+    losses: Sequence[str],
+) -> dict[str, Float[Tensor, " L"]]:
+    """The losses of L decoder layers whose queries are matched, in one computation."""
+    logits = torch.stack([layer["pred_logits"] for layer in layers])
+    boxes = torch.stack([layer["pred_boxes"] for layer in layers])
+    row = torch.arange(len(layers), device=logits.device)[:, None]
+    answers = row, matched.picture, matched.query
     labels = torch.cat([target["labels"] for target in targets])[matched.target]
     values = {}
     if "labels" in losses:
-        classes = torch.full(logits.shape[:2], logits.shape[-1] - 1, device=logits.device)
+        classes = torch.full(logits.shape[:3], logits.shape[-1] - 1, device=logits.device)
         classes[answers] = labels  # all others keep no-object
         divisor = normalizer.weight_sum
         values["loss_ce"] = classification_loss(logits, classes, class_weight, divisor)
@@ -168,23 +205,11 @@ def layer_losses(
         values |= {"loss_bbox": distance, "loss_giou": giou}
     if "cardinality" in losses:
         counts = torch.tensor([float(len(target["labels"])) for target in targets])
-        values["cardinality_error"] = cardinality_error(logits, counts.to(logits.device))
+        counts = counts.to(logits.device, non_blocking=True)
+        values["cardinality_error"] = cardinality_error(logits, counts)
     return values
 
-# %% ../nbs/08_loss.ipynb #f53c4398
-@torch.no_grad()
-def match_layers(
-    matcher: Callable[..., Any], layers: Sequence[dict[str, Any]],
-    targets: Sequence[dict[str, Any]],
-) -> list[Matched]:
-    """Match the predictions of several decoder layers in one call: the matches of each."""
-    names = ("pred_logits", "pred_boxes")
-    every = {name: torch.cat([layer[name] for layer in layers]) for name in names}
-    matches = matcher(every, [*targets] * len(layers))
-    B, device = len(targets), every["pred_logits"].device
-    return [flatten_matches(matches[i : i + B], device) for i in range(0, len(matches), B)]
-
-# %% ../nbs/08_loss.ipynb #f1d84de2
+# %% ../nbs/08_loss.ipynb #e1148dac
 class SetCriterion(nn.Module):
     """DETR's loss: match, then compare each query with its match (Section 3.1, Equation 2).
 
@@ -197,8 +222,12 @@ class SetCriterion(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int, matcher: Callable[..., Any],
-        weight_dict: dict[str, int | float], eos_coef: int | float, losses: Sequence[str],
+        self,
+        num_classes: int,
+        matcher: Callable[..., Any],
+        weight_dict: dict[str, int | float],
+        eos_coef: int | float,
+        losses: Sequence[str],
     ) -> None:
         super().__init__()
         for name in losses:
@@ -211,7 +240,9 @@ class SetCriterion(nn.Module):
         self.register_buffer("empty_weight", weights)
 
     def forward(
-        self, outputs: dict[str, Any], targets: Sequence[dict[str, Any]],
+        self,
+        outputs: dict[str, Any],
+        targets: Sequence[dict[str, Any]],
         normalizer: Normalizer | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
         """Every loss of every decoder layer; names of layer i but the last end in `_i`.
@@ -219,23 +250,23 @@ class SetCriterion(nn.Module):
         `normalizer`, of `step_normalizer`, is for optimiser steps of more than this batch.
         Raises what `check_batch` raises, and ValueError if the model has other classes.
         """
-        check_batch(outputs, targets)
-        num_queries, num_scores = outputs["pred_logits"].shape[1:]
+        num_queries, num_scores = outputs["pred_logits"].shape[-2:]
         if num_scores != self.num_classes + 1:
             raise ValueError(
                 f"The model scores {num_scores - 1} classes and the loss expects "
                 f"{self.num_classes}: build both with one num_classes (largest id + 1)."
             )
+        layers = [outputs, *outputs.get("aux_outputs", [])]
+        matched = match_layers(self.matcher, layers, targets)  # checks the batch
         class_weight = self.empty_weight.to(outputs["pred_logits"].device)
         normalizer = normalizer or step_normalizer(targets, num_queries, class_weight)
-        layers = [outputs, *outputs.get("aux_outputs", [])]
+        step = class_weight, normalizer, self.losses
         values = {}
-        for i, matched in enumerate(match_layers(self.matcher, layers, targets)):
-            step = class_weight, normalizer, self.losses
-            losses = layer_losses(layers[i], targets, matched, *step)
-            suffix = f"_{i - 1}" if i else ""  # the last layer comes first, without one
-            values |= {name + suffix: value for name, value in losses.items()}
-        return {k: v for k, v in values.items() if not k.startswith("class_error_")}
+        for name, by_layer in layer_losses(layers, targets, matched, *step).items():
+            values[name], *earlier = by_layer.unbind()  # the last layer comes first
+            if name != "class_error":
+                values |= {f"{name}_{i}": value for i, value in enumerate(earlier)}
+        return values
 
     def total(self, losses: dict[str, Float[Tensor, ""]]) -> Float[Tensor, ""]:
         """The number to call `backward` on: the losses of `forward`, weighted and added."""
@@ -254,10 +285,14 @@ def weighted_sum(
         )
     return torch.stack(weighted).sum()
 
-# %% ../nbs/08_loss.ipynb #0464805c
+# %% ../nbs/08_loss.ipynb #34dcf7ce
 def build_criterion(
-    num_classes: int, num_decoder_layers: int = 6, eos_coef: int | float = 0.1,
-    ce_weight: int | float = 1, bbox_weight: int | float = 5, giou_weight: int | float = 2,
+    num_classes: int,
+    num_decoder_layers: int = 6,
+    eos_coef: int | float = 0.1,
+    ce_weight: int | float = 1,
+    bbox_weight: int | float = 5,
+    giou_weight: int | float = 2,
 ) -> SetCriterion:
     """Matcher and loss with equal weights in all layers, those of Appendix A.4 by default.
 

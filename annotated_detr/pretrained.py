@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['KEYS_OF_TRANSFORMERS', 'to_hugging_face', 'from_hugging_face', 'save_for_transformers', 'LoadReport', 'Pretrained',
-           'load', 'from_pretrained', 'pretrained_detector', 'save_pretrained', 'push_to_hub']
+           'load', 'from_pretrained', 'pretrained_detector', 'finetune', 'save_pretrained', 'push_to_hub']
 
-# %% ../nbs/12_pretrained.ipynb #d0125d72
+# %% ../nbs/12_pretrained.ipynb #b5139c02
 import argparse
 import json
 import re
@@ -15,17 +15,26 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from . import __version__
-from .detr import DETR, PAPER_MODELS, published_weights, tensors_only
-from .inference import SHIPPED, Detector, _weights_file
+from .backbone import load_tensors
+from .detr import DETR, PAPER_MODELS, published_weights
+from .inference import SHIPPED, Detector, weights_file
 from .scenes import IMAGENET_MEAN, IMAGENET_STD, write_atomically
-from .training import ModelSpec, load_model, save_model
+from annotated_detr.training import (
+    FinetuneConfig,
+    ModelSpec,
+    Trainer,
+    open_datasets,
+    read_model,
+    save_model,
+    start,
+)
 
-# %% ../nbs/12_pretrained.ipynb #90aca952
+# %% ../nbs/12_pretrained.ipynb #ab968c75
 #: Our names of tensors, and those in a file of transformers' `DetrForObjectDetection`.
 KEYS_OF_TRANSFORMERS = [
     ("backbone.0.body.{rest}", "model.backbone.conv_encoder.model.{rest}"),
@@ -70,7 +79,7 @@ KEYS_OF_TRANSFORMERS = [
     ("bbox_embed.{rest}", "bbox_predictor.{rest}"),
 ]
 
-# %% ../nbs/12_pretrained.ipynb #285d7a93
+# %% ../nbs/12_pretrained.ipynb #c7cd40c8
 def _keys_of_its_resnet() -> list[tuple[str, str]]:
     """The same for transformers' own ResNet."""
     body, model = "backbone.0.body.", "model.backbone.conv_encoder.model."
@@ -91,7 +100,7 @@ def _keys_of_its_resnet() -> list[tuple[str, str]]:
             ]
     return pairs
 
-# %% ../nbs/12_pretrained.ipynb #03f81361
+# %% ../nbs/12_pretrained.ipynb #a17659d1
 _FIELDS = {"part": "encoder|decoder", "i": r"\d+", "rest": ".+"}
 
 
@@ -169,7 +178,7 @@ def from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ours[key.replace("q_proj.", "in_proj_")] = torch.cat(thirds)
     return ours
 
-# %% ../nbs/12_pretrained.ipynb #0a76db11
+# %% ../nbs/12_pretrained.ipynb #e45f27ef
 #: What the paper's model is built with, and what transformers calls it.
 _PAPER_OPTIONS = {
     "d_model": (256, ["d_model"]),
@@ -200,7 +209,7 @@ def _hugging_face_config(spec: ModelSpec) -> dict[str, Any]:
         config |= dict.fromkeys(theirs, spec.model_options.get(option, default))
     return config
 
-# %% ../nbs/12_pretrained.ipynb #53a637ff
+# %% ../nbs/12_pretrained.ipynb #fd3a16e2
 def save_for_transformers(model: nn.Module, folder: str | Path, spec: ModelSpec) -> Path:
     """Writes a folder that `transformers.DetrForObjectDetection.from_pretrained` opens.
 
@@ -235,7 +244,7 @@ def save_for_transformers(model: nn.Module, folder: str | Path, spec: ModelSpec)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
-# %% ../nbs/12_pretrained.ipynb #bbdd201e
+# %% ../nbs/12_pretrained.ipynb #dc4a949c
 def _write_json(path: Path, content: dict) -> None:
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
@@ -256,7 +265,7 @@ def _refuse_other_model(model: nn.Module, spec: ModelSpec) -> None:
 def _sizes(shape: torch.Size | None) -> str:
     return "absent" if shape is None else str(list(shape))
 
-# %% ../nbs/12_pretrained.ipynb #3a5167b7
+# %% ../nbs/12_pretrained.ipynb #76ef485c
 def _spec_of(
     state: Mapping[str, Tensor],
     source: str,
@@ -287,7 +296,7 @@ def _spec_of(
     K, N = len(state["class_embed.weight"]) - 1, len(state["query_embed.weight"])
     return ModelSpec(model, K, N, 800, {}, changed)
 
-# %% ../nbs/12_pretrained.ipynb #1eb8c102
+# %% ../nbs/12_pretrained.ipynb #98fe9f44
 _DEEP = (
     "backbone.0.body.layer1.0.conv3.weight",
     "transformer.decoder.layers.0.linear1.weight",
@@ -315,7 +324,7 @@ def _options_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "normalize_before": "transformer.encoder.norm.weight" in state,
     }
 
-# %% ../nbs/12_pretrained.ipynb #9f488e10
+# %% ../nbs/12_pretrained.ipynb #0939260b
 class _Found(NamedTuple):
     spec: ModelSpec
     state: dict[str, Tensor]
@@ -332,8 +341,7 @@ _COCO_NAMES = {
 
 def _from_checkpoint(path: Path, model: str | None) -> _Found:
     """A file of torch.save: published weights, or those of the authors' training script."""
-    with tensors_only(path):
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    content = load_tensors(path)
     state = content.get("model", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(
         isinstance(t, Tensor) for t in state.values()
@@ -359,24 +367,20 @@ def _from_checkpoint(path: Path, model: str | None) -> _Found:
 
 _ARGS = {"nhead": "nheads", "dropout": "dropout"}
 
-# %% ../nbs/12_pretrained.ipynb #7b934e3c
+# %% ../nbs/12_pretrained.ipynb #6c89fb08
 def _from_hugging_face(folder: Path, config: dict) -> _Found:
     """A folder of transformers' `DetrForObjectDetection`."""
     if config.get("model_type") != "detr":
         raise ValueError(
             f"{folder} holds a {config.get('model_type')!r} model, not a 'detr'"
         )
-    file = folder / "model.safetensors"
-    if file.is_file():
-        state = load_file(file)
-    elif (file := folder / "pytorch_model.bin").is_file():
-        with tensors_only(file):
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    else:
+    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
         raise FileNotFoundError(
             f"{folder} has a config.json but no model.safetensors beside it"
         )
-    state = from_hugging_face(state)
+    state = from_hugging_face(load_tensors(file))
     known = {}
     for option in ("nhead", "dropout", "activation"):
         default, theirs = _PAPER_OPTIONS[option]
@@ -394,7 +398,7 @@ def _from_hugging_face(folder: Path, config: dict) -> _Found:
     names = {i: name for i, name in names.items() if name not in ("N/A", f"LABEL_{i}")}
     return _Found(replace(spec, class_names=names, size=size), state, notes)
 
-# %% ../nbs/12_pretrained.ipynb #09db8045
+# %% ../nbs/12_pretrained.ipynb #c7eca8b2
 def _is_dilated(config: dict) -> bool:
     """Whether layer4 is dilated: older files say so, newer ones give timm a stride of 16;
     transformers' own ResNet cannot be dilated, whatever its file says.
@@ -427,7 +431,7 @@ def _picture_size(folder: Path) -> tuple[int, list[str]]:
             )
     return size, notes
 
-# %% ../nbs/12_pretrained.ipynb #f3c911c9
+# %% ../nbs/12_pretrained.ipynb #d51dfa35
 def _hub(name: str) -> Any:
     try:
         import huggingface_hub
@@ -457,7 +461,7 @@ def _download(name: str, revision: str | None) -> Path:
         ) from error
     return folder
 
-# %% ../nbs/12_pretrained.ipynb #b0bf35be
+# %% ../nbs/12_pretrained.ipynb #64094bf8
 def _find(source: str | Path, model: str | None, revision: str | None) -> _Found:
     """Reads a source of any of the five kinds."""
     name, path = str(source), Path(source)
@@ -466,7 +470,7 @@ def _find(source: str | Path, model: str | None, revision: str | None) -> _Found
             ModelSpec(name, 91, 100, 800, _COCO_NAMES), published_weights(name), []
         )
     if name in SHIPPED or (path / "checkpoints").is_dir():
-        return _from_ours(_weights_file(name))
+        return _from_ours(weights_file(name))
     if path.is_file() and path.suffix == ".safetensors":
         one_of_two = (
             path.name == "model.safetensors" and path.with_name("config.json").is_file()
@@ -476,7 +480,7 @@ def _find(source: str | Path, model: str | None, revision: str | None) -> _Found
         return _from_checkpoint(path, model)
     if path.is_dir():
         return _from_folder(path)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.suffix[1:].isalpha():
+    if _is_hub_name(name):
         return _from_folder(_download(name, revision))
     raise FileNotFoundError(
         f"{name} is no file or folder here, and no model with published weights: "
@@ -484,9 +488,22 @@ def _find(source: str | Path, model: str | None, revision: str | None) -> _Found
     )
 
 
+def _is_hub_name(name: str) -> bool:
+    """Whether a name that is nothing here may be one on the hub, "owner/name", and is not a
+    mistyped path: of a run folder, of a file, or beside something that is here.
+    """
+    owner, _, rest = name.partition("/")
+    return (
+        re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+        and not Path(rest).suffix[1:].isalpha()
+        and owner != "runs"
+        and not Path(owner).exists()
+    )
+
+
 def _from_ours(path: Path) -> _Found:
-    model, spec = load_model(path)
-    return _Found(spec, model.state_dict(), [])
+    state, spec = read_model(path)
+    return _Found(spec, state, [])
 
 
 def _from_folder(folder: Path) -> _Found:
@@ -503,7 +520,7 @@ def _from_folder(folder: Path) -> _Found:
         spec=ModelSpec(**config["annotated_detr"])
     )  # the one that people edit
 
-# %% ../nbs/12_pretrained.ipynb #1e4aba8e
+# %% ../nbs/12_pretrained.ipynb #52719ad5
 @dataclass
 class LoadReport:
     """What became of every tensor of a model that was loaded.
@@ -537,7 +554,7 @@ class LoadReport:
         lines += [f"  reset    {key} {why}" for key, why in self.reset.items()]
         return "\n".join([*lines, *(f"  note     {note}" for note in self.notes)])
 
-# %% ../nbs/12_pretrained.ipynb #003fd231
+# %% ../nbs/12_pretrained.ipynb #d1d335a2
 def _fit_queries(found: _Found, fresh: dict[str, Tensor], report: LoadReport) -> None:
     for key in sorted(_QUERIES & found.state.keys() & fresh.keys()):
         old, new = found.state[key], fresh[key]
@@ -575,7 +592,7 @@ def _fit_classes(
             f"{change}: kept {kept} and no-object; {len(new) - len(same) - 1} rows fresh"
         )
 
-# %% ../nbs/12_pretrained.ipynb #e86a2438
+# %% ../nbs/12_pretrained.ipynb #c23ad7cf
 def _names_for(
     class_names: Mapping[int | str, str] | None, K: int, found: _Found
 ) -> dict[str, str]:
@@ -659,7 +676,7 @@ def load(
         print(report)
     return Pretrained(detr, spec, report)
 
-# %% ../nbs/12_pretrained.ipynb #a3c730b2
+# %% ../nbs/12_pretrained.ipynb #6df7f6a7
 def _build(spec: ModelSpec, found: _Found, source: str | Path) -> tuple[DETR, LoadReport]:
     detr = spec.build()
     report = LoadReport(f"{spec.model} from {source}", notes=list(found.notes))
@@ -678,7 +695,7 @@ def _build(spec: ModelSpec, found: _Found, source: str | Path) -> tuple[DETR, Lo
     report.kept = [key for key in state if key not in changed]
     return detr.eval(), report
 
-# %% ../nbs/12_pretrained.ipynb #ff371dfd
+# %% ../nbs/12_pretrained.ipynb #d18f22e9
 def from_pretrained(
     source: str | Path,
     num_classes: int | None = None,
@@ -694,11 +711,38 @@ def pretrained_detector(
     source: str | Path, device: str = "cpu", **options: Any
 ) -> Detector:
     """`load`, ready for `predict`: with its class names and the size of its pictures."""
-    model, spec = from_pretrained(source, **options)
-    names = {int(i): name for i, name in spec.class_names.items()}
-    return Detector(model.to(device), names, spec.size)
+    return Detector.of(*from_pretrained(source, **options), device)
 
-# %% ../nbs/12_pretrained.ipynb #8baa791e
+# %% ../nbs/12_pretrained.ipynb #8b64c6a4
+def finetune(config: FinetuneConfig, path: str | Path) -> Trainer:
+    """Opens a training run that starts from weights which have learned already; the class
+    head is made for the classes of the pictures. `annotated_detr.training.fit` trains it.
+
+    Args:
+        config: a recipe such as `FINETUNE_RECIPES["detr_resnet50"]`, with your pictures.
+        path: new folder for the run.
+
+    Raises:
+        FileExistsError: if the folder holds anything.
+        FileNotFoundError: if the weights are neither here nor reachable.
+        ValueError: if pictures or weights would not do.
+    """
+    pictures, _ = open_datasets(config)
+    source = config.weights or ("tiny-scenes" if config.model == "tiny" else config.model)
+    torch.manual_seed(config.seed)  # for the parts that start afresh
+    options = config.model_options | {"aux_loss": True}
+    loaded = load(
+        source, None, config.num_queries, class_names=pictures.class_names, **options
+    )
+    if loaded.spec.model != config.model:
+        raise ValueError(
+            f"{source} is a {loaded.spec.model}: fine-tune it with that recipe, not with the "
+            f"one for {config.model}"
+        )
+    config = replace(config, model_options=loaded.spec.model_options)
+    return start(config, path, loaded.model)
+
+# %% ../nbs/12_pretrained.ipynb #0ac50055
 _MARK = "<!-- written by annotated_detr.save_pretrained -->"
 
 
@@ -769,7 +813,7 @@ def save_pretrained(
         write_atomically(card, _model_card(model, spec, scores).encode())
     return folder
 
-# %% ../nbs/12_pretrained.ipynb #c8240f8f
+# %% ../nbs/12_pretrained.ipynb #bcebb242
 def _read_json(path: Path) -> dict:
     """A JSON file's content; empty if it is something else, which then is not ours."""
     try:
@@ -778,7 +822,7 @@ def _read_json(path: Path) -> dict:
         return {}
     return content if isinstance(content, dict) else {}
 
-# %% ../nbs/12_pretrained.ipynb #7118f95c
+# %% ../nbs/12_pretrained.ipynb #612a3f0e
 def push_to_hub(
     model: nn.Module,
     repo_id: str,

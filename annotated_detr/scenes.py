@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['STANDARD', 'CLASS_NAMES', 'SPLITS', 'SMALL_AREA', 'MEDIUM_AREA', 'UNIT', 'TURN', 'LEAST_VISIBLE', 'IMAGENET_MEAN',
            'IMAGENET_STD', 'DIGESTS', 'Thing', 'Scene', 'annotate', 'draw', 'make_scene', 'running_batch_pil',
-           'running_batch', 'cache_dir', 'write_atomically', 'coco_folder', 'annotation_digest']
+           'running_batch', 'cache_dir', 'progress_bar', 'write_atomically', 'coco_folder', 'annotation_digest']
 
-# %% ../nbs/scenes.ipynb #8af7c1ac
+# %% ../nbs/scenes.ipynb #5f7dd050
 import hashlib
 import io
 import json
@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -680,7 +681,14 @@ def cache_dir() -> Path:
     named = os.environ.get("ANNOTATED_DETR_CACHE")
     return Path(named) if named else Path.home() / ".cache" / "annotated_detr"
 
-# %% ../nbs/scenes.ipynb #28446e8a
+# %% ../nbs/scenes.ipynb #3af8b16c
+def progress_bar(steps: Iterable | None = None, shown: bool = True, **options: Any) -> tqdm:
+    """tqdm's bar, silent unless `shown`; if it is, the environment variable TQDM_DISABLE
+    still has its say, because `disable` is not passed.
+    """
+    return tqdm(steps, **options) if shown else tqdm(steps, disable=True, **options)
+
+# %% ../nbs/scenes.ipynb #0242441b
 def write_atomically(
     path: str | Path, content: bytes, draft: Path | None = None, flush: bool = True
 ) -> None:
@@ -695,12 +703,16 @@ def write_atomically(
     """
     path = Path(path)
     draft = path.with_name(f".{path.name}.part") if draft is None else draft
-    with open(draft, "wb") as file:
-        file.write(content)
-        if flush:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(draft, path)
+    try:
+        with open(draft, "wb") as file:
+            file.write(content)
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:  # a full disk should not stay full of half a file
+        draft.unlink(missing_ok=True)
+        raise
 
 # %% ../nbs/scenes.ipynb #ad8bf105
 _CHUNK = 250  # pictures between two points at which drawing can be taken up again

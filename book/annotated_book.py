@@ -26,6 +26,8 @@ import nbformat
 from docutils import nodes
 from sphinx.util import logging
 
+import around
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "annotated_detr"
 MATHJAX = "vendor/mathjax/tex-svg.js"
@@ -127,6 +129,7 @@ def read_notebook(text: str) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = to_myst(cell.source)
+    add_api_lines(notebook)
     for cell in code:
         directives, cell.source = split_directives(cell.source)
         tags, settings = cell_tags(directives)
@@ -140,6 +143,19 @@ def read_notebook(text: str) -> nbformat.NotebookNode:
     if code:
         code[0].metadata["annotated_detr"] = {"digest": digest}
     return notebook
+
+
+def add_api_lines(notebook: nbformat.NotebookNode) -> None:
+    """Below each cell that defines public names, a line that leads to them in the API reference."""
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    module = next((match[1] for source in sources if (match := re.match(r"\s*#\|\s*default_exp\s+(\S+)", source))), None)
+    with_lines = []
+    for cell in notebook.cells:
+        with_lines.append(cell)
+        line = around.api_line(module, cell.source) if module and cell.cell_type == "code" else ""
+        if line:
+            with_lines.append(nbformat.v4.new_markdown_cell(line))
+    notebook.cells = with_lines
 
 
 # --- what a notebook depends on ---------------------------------------------------------------------------------------
@@ -167,7 +183,8 @@ def named_modules(source: str) -> set[str]:
         found.add(match[1])
     for match in re.finditer(r"^\s*from\s+(?:annotated_detr|\.)\s+import\s+(\([^)]*\)|[^\n#]+)", source, flags=re.M):
         for name in re.findall(r"(\w+)(?:\s+as\s+\w+)?", match[1]):
-            found |= {name} if name in known else {public[name]} if name in public else known
+            if name not in ("versions", "__version__"):  # those of __init__.py itself
+                found |= {name} if name in known else {public[name]} if name in public else known
     if re.search(r"^\s*import\s+annotated_detr(\s|$)", source, flags=re.M):
         found |= known
     if re.search(r"annotated-detr\s+\w|-m\s+annotated_detr", source):
@@ -214,6 +231,13 @@ def say_progress(app, doctree):
     """One line for each page: its name and the seconds it took."""
     seconds = time.monotonic() - getattr(app.env, "annotated_started", time.monotonic())
     print(f"  {app.env.docname:<32} {seconds:6.1f} s", file=sys.stderr, flush=True)
+
+
+def keep_slugs(app, doctree):
+    """The anchor that GitHub gives to a heading leads to it in the book, too, where docutils would spell it otherwise."""
+    for section in doctree.findall(nodes.section):
+        if section.get("slug") and section["slug"] not in section["ids"]:
+            section["ids"].append(section["slug"])
 
 
 def copy_vendored(app):
@@ -293,6 +317,8 @@ def setup(app):
     app.connect("config-inited", use_our_reader, priority=900)
     app.connect("builder-inited", copy_vendored)
     app.connect("source-read", start_clock)
+    app.connect("source-read", around.fill_ledger)
+    app.connect("doctree-read", keep_slugs)
     app.connect("doctree-read", say_progress)
     app.connect("doctree-resolved", dress_tables)
     app.connect("html-page-context", drop_thebe, priority=900)
@@ -300,4 +326,5 @@ def setup(app):
     app.connect("build-finished", slim_output, priority=900)
     app.setup_extension("sphinx.ext.autodoc")
     app.connect("autodoc-process-signature", source_signature)
+    app.connect("autodoc-process-docstring", around.add_teaching, priority=900)
     return {"version": "1", "parallel_read_safe": False, "parallel_write_safe": True}

@@ -1,10 +1,11 @@
-"""Does annotated_detr hold exactly what the notebooks export, and are the notebooks clean?
+"""Does annotated_detr hold exactly what the notebooks export, do all notebooks begin alike, and are they clean?
 
     python book/check_drift.py          works on a copy, so a tree with changes in it is fine; exit code 1 and a list if not
-    python book/check_drift.py --write  writes the modules from the notebooks and cleans the notebooks, here
+    python book/check_drift.py --write  does it here: the first cells of the notebooks, the modules, and no outputs
 """
 
 import argparse
+import configparser
 import json
 import re
 import shutil
@@ -14,6 +15,14 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# How every notebook begins, so that it runs where there is nothing but Python; owner, names and version are settings.ini's.
+HEAD = "#| hide\n# On Colab or any bare machine: install the package that this book exports."
+INSTALL = HEAD + """ It leaves the torch that is there alone.
+import importlib.util
+if importlib.util.find_spec("{lib_name}") is None:
+    %pip install -q "{package} @ git+https://github.com/{user}/{repo}@v{version}"
+from {lib_name} import versions
+print(versions())"""
 
 
 def run(tool: str, folder: Path) -> None:
@@ -23,8 +32,28 @@ def run(tool: str, folder: Path) -> None:
         raise SystemExit(f"{tool} failed:\n{done.stdout}{done.stderr}")
 
 
+def install_cell(folder: Path = ROOT) -> str:
+    """The cell with which every notebook begins."""
+    settings = configparser.ConfigParser()
+    settings.read(folder / "settings.ini", encoding="utf8")
+    names = settings["DEFAULT"]
+    return INSTALL.format_map({**names, "package": names["lib_name"].replace("_", "-")})
+
+
+def write_install_cells(folder: Path) -> None:
+    """Every notebook begins with the cell of `install_cell`."""
+    for path in (folder / "nbs").glob("*.ipynb"):
+        text = path.read_text(encoding="utf8")
+        notebook = json.loads(text)
+        for cell in notebook["cells"]:
+            if "".join(cell["source"]).startswith(HEAD):
+                cell["source"] = install_cell(folder).splitlines(keepends=True)
+        path.write_text(json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf8")
+
+
 def export(folder: Path) -> None:
-    """Notebooks → modules, then notebooks without outputs and editor metadata."""
+    """The notebooks' first cells, notebooks → modules, then notebooks without outputs and editor metadata."""
+    write_install_cells(folder)
     run("nbdev_export", folder)
     run("nbdev_clean", folder)
 

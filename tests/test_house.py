@@ -154,6 +154,26 @@ def test_importing_the_package_imports_nothing_but_itself():
     assert ast.literal_eval(done.stdout.strip()) == ["annotated_detr"]
 
 
+def test_versions_names_package_torch_python_and_device():
+    import platform
+
+    import torch
+
+    import annotated_detr
+
+    line = annotated_detr.versions()
+    assert line.startswith(f"annotated_detr {annotated_detr.__version__}, torch {torch.__version__}, Python {platform.python_version()}, on ")
+    if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        assert line.endswith(", on the CPU")
+
+
+def test_the_install_cell_takes_the_tagged_version_from_our_repository():
+    import annotated_detr
+    import check_drift
+
+    assert f"github.com/{repository()}@v{annotated_detr.__version__}\"" in check_drift.install_cell()
+
+
 # --- layers and drift -------------------------------------------------------------------------------------------------
 
 
@@ -231,13 +251,6 @@ def test_the_drift_check_sees_an_edit_a_new_module_and_an_orphan(tmp_path):
 
 # --- notebooks --------------------------------------------------------------------------------------------------------
 
-INSTALL = """#| hide
-# On Colab or any bare machine: install the package that this book exports. It leaves the torch that is there alone.
-import importlib.util
-if importlib.util.find_spec("annotated_detr") is None:
-    %pip install -q "annotated_detr @ git+https://github.com/{repository}\""""
-
-
 def repository() -> str:
     """OWNER/NAME, as settings.ini has it."""
     settings = configparser.ConfigParser()
@@ -247,11 +260,13 @@ def repository() -> str:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_ready_for_colab_github_and_the_book(path):
+    import check_drift
+
     notebook = json.loads(path.read_text(encoding="utf8"))
     code, prose = cells(path, "code"), cells(path, "markdown")
     assert prose[0].startswith("# "), "the first cell has the title"
     assert sum(line.startswith("# ") for text in prose for line in text.splitlines()) >= 1
-    assert code[0] == INSTALL.format(repository=repository()), "the first code cell installs the package, as in every notebook"
+    assert code[0] == check_drift.install_cell(), "the first code cell installs the package, as in every notebook"
     assert any(re.search(r"\bshow\(", source) for source in code), "a chapter has at least one figure"
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code" and "#| eval: false" not in "".join(cell["source"]):
@@ -309,6 +324,7 @@ def test_a_changed_module_re_runs_only_the_chapters_that_import_it(tmp_path, mon
     monkeypatch.setattr(annotated_book, "PACKAGE", copy)
     about_matcher = "from annotated_detr.loss import SetCriterion"
     about_backbone = "from annotated_detr import Backbone"
+    assert annotated_book.named_modules("from annotated_detr import versions") == set(), "the first cell of every notebook"
     before = [annotated_book.digest_of_imports(text) for text in (about_matcher, about_backbone)]
     assert before == [annotated_book.digest_of_imports(text) for text in (about_matcher, about_backbone)]
     path = copy / "matcher.py"  # loss imports matcher: the change is felt through it

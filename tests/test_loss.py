@@ -163,7 +163,7 @@ def test_the_order_of_targets_and_of_queries_does_not_matter(seed):
         torch.testing.assert_close(value, again[name], atol=1e-5, rtol=1e-5)
 
 
-def test_the_matcher_is_asked_once_for_all_layers_and_every_layer_gets_its_own_matches():
+def test_every_layer_gets_its_own_matches_in_one_go_or_by_a_matcher_of_ones_own():
     calls, matcher = [], HungarianMatcher(1, 5, 2)
 
     def counting(outputs, targets):
@@ -172,12 +172,32 @@ def test_the_matcher_is_asked_once_for_all_layers_and_every_layer_gets_its_own_m
 
     outputs, targets = ToyHead()(random_features(4, 3)), random_targets(4, [2, 0, 3])
     layers = [outputs, *outputs["aux_outputs"]]
-    found = match_layers(counting, layers, targets)
-    assert calls == [6]
-    for layer, matched in zip(layers, found, strict=True):
-        for ours, expected in zip(matched, flatten_matches(matcher(layer, targets)), strict=True):
-            assert torch.equal(ours, expected)
-    assert not torch.equal(found[0].query, found[1].query), "these two layers agree, so nothing is tested"
+    expected = [flatten_matches(matcher(layer, targets)) for layer in layers]
+    for found in (match_layers(matcher, layers, targets), match_layers(counting, layers, targets)):
+        for ours, theirs in zip(found, zip(*expected), strict=True):
+            assert torch.equal(ours, torch.stack(theirs))
+    assert calls == [3, 3]
+    assert not torch.equal(found.query[0], found.query[1]), "these two layers agree, so nothing is tested"
+
+
+def test_a_matcher_has_to_find_as_many_pairs_in_every_layer():
+    nothing, one = [(torch.zeros(0).long(),) * 2], [(torch.zeros(1).long(),) * 2]
+    answers = iter([nothing, one])
+    outputs = ToyHead()(random_features(0, 1))
+    with pytest.raises(ValueError, match=r"found \[0, 1\] pairs in the decoder layers"):
+        match_layers(lambda *_: next(answers), [outputs, *outputs["aux_outputs"]], random_targets(0, [1]))
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10**6), counts=st.lists(st.integers(0, 6), min_size=1, max_size=4))
+def test_all_layers_at_once_equal_each_layer_alone(seed, counts):
+    outputs, targets = ToyHead()(random_features(seed, len(counts))), random_targets(seed, counts)
+    criterion = build_criterion(K, 2)
+    together = criterion(outputs, targets)
+    for suffix, layer in zip(("", "_0"), (outputs, *outputs["aux_outputs"])):
+        alone = criterion({name: layer[name] for name in ("pred_logits", "pred_boxes")}, targets)
+        for name in ("loss_ce", "loss_bbox", "loss_giou", "cardinality_error"):
+            torch.testing.assert_close(together[name + suffix], alone[name])
 
 
 def test_every_layer_is_matched_anew():

@@ -4,10 +4,11 @@ from itertools import permutations
 
 import pytest
 import torch
+from torchvision.ops import box_convert, generalized_box_iou
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from annotated_detr.matcher import HungarianMatcher, check_batch, matching_cost
+from annotated_detr.matcher import HungarianMatcher, batch_costs, check_batch, matching_cost, paired_giou
 
 
 def random_batch(seed, counts=(3, 2), num_queries=5, num_classes=4):
@@ -209,3 +210,30 @@ def test_a_box_that_rounding_carried_over_the_edge_is_accepted():
     outputs, targets = random_batch(7)
     targets[0]["boxes"][0] = torch.tensor([0.5, 0.5, 1.00001, 1.0])
     check_batch(outputs, targets)
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10**6), counts=st.lists(st.integers(0, 4), min_size=1, max_size=4))
+def test_costs_of_the_batch_are_those_of_its_pictures(seed, counts):
+    first, targets = random_batch(seed, counts=tuple(counts))
+    second, _ = random_batch(seed + 1, counts=tuple(counts))
+    layers = [torch.stack([first[name], second[name]]) for name in ("pred_logits", "pred_boxes")]
+    costs = batch_costs(*layers, targets, 1, 5, 2).split(counts)
+    for at, target in enumerate(targets):
+        for layer in range(2):
+            answer = (values[layer, at] for values in layers)
+            expected = matching_cost(*answer, target["labels"], target["boxes"], 1, 5, 2)
+            torch.testing.assert_close(costs[at][:, layer].T, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_paired_giou_is_the_diagonal_of_torchvisions_and_its_gradient_too():
+    torch.manual_seed(0)
+    boxes, others = (box_convert(torch.rand(50, 4) * 0.5 + 0.1, "cxcywh", "xyxy") for _ in range(2))
+    gradients = []
+    for giou in (paired_giou, lambda a, b: generalized_box_iou(a, b).diagonal()):
+        leaf = boxes.clone().requires_grad_()
+        values = giou(leaf, others)
+        values.sum().backward()
+        gradients.append((values.detach(), leaf.grad))
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
