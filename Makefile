@@ -12,10 +12,11 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 find-python = for p in $(PYTHON) $(1); do \
 	  if "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo "$$p"; break; fi; done
 
-.PHONY: help book test test-long test-oldest test-notebooks serve clean lock export setup
+.PHONY: help book book-report test test-long test-oldest test-notebooks serve clean lock export setup
 
 help:
 	@echo "make book            run every notebook that has changed, and build the book into _build/html"
+	@echo "make book-report     how long the chapters are, and how often something is seen in them"
 	@echo "make test            the tests; test-long: the slow ones; test-oldest: on the oldest versions that the package admits"
 	@echo "make test-notebooks  run every notebook where only the built wheel is installed, as on Colab"
 	@echo "make serve           show the book at http://localhost:8000"
@@ -40,6 +41,9 @@ $(READY): book/lock.txt pyproject.toml
 
 book: $(READY)
 	@$(PY) book/build.py
+
+book-report: $(READY)
+	@$(PY) book/report.py
 
 test: $(READY)
 	@$(PYTEST) -m "not slow"

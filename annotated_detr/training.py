@@ -7,13 +7,14 @@ __all__ = ['PAPER', 'RECIPES', 'GENTLE', 'FINETUNE_RECIPES', 'PATIENCE', 'PAPER_
            'cell_centres', 'dense_targets', 'DenseHead', 'Lesson', 'parameter_groups', 'rate_factor', 'build_model',
            'pick_device', 'process_number', 'processes', 'Learner', 'batch_losses', 'set_rates', 'first_non_finite',
            'train_step', 'RunFolder', 'save_checkpoint', 'read_state', 'restore_checkpoint', 'vital_signs',
-           'picture_losses', 'Trainer', 'batches', 'score', 'draw_answers', 'keep_drawing', 'to_device', 'keep_batch',
-           'largest_shape', 'try_largest_batch', 'is_time_to_score', 'fit', 'patience', 'lines_between', 'latest_lines',
-           'boxes_alike', 'true_spread', 'nothing_found', 'mean_loss', 'first_loss', 'on_its_plateau', 'never_found',
-           'learned_something_else', 'never_shown', 'hardest_pictures', 'always_hardest', 'watch', 'warn_of_few_steps',
-           'warn_of_batch', 'plan', 'start', 'resume', 'plot_run', 'overfit_one_batch']
+           'picture_losses', 'Trainer', 'picture_sizes', 'batches', 'score', 'draw_answers', 'keep_drawing',
+           'to_device', 'keep_batch', 'largest_shape', 'try_largest_batch', 'is_time_to_score', 'fit', 'patience',
+           'lines_between', 'latest_lines', 'boxes_alike', 'true_spread', 'nothing_found', 'mean_loss', 'first_loss',
+           'on_its_plateau', 'never_found', 'learned_something_else', 'never_shown', 'hardest_pictures',
+           'always_hardest', 'watch', 'warn_of_few_steps', 'warn_of_batch', 'plan', 'start', 'resume', 'plot_run',
+           'overfit_one_batch']
 
-# %% ../nbs/10_training.ipynb #fc22a7d8
+# %% ../nbs/10_training.ipynb #3010518d
 import contextlib
 import io
 import itertools
@@ -44,7 +45,11 @@ from tqdm import tqdm
 from tyro.conf import Suppress
 
 from . import figures, scenes
-from .backbone import has_random_frozen_layers, tensors_only
+from annotated_detr.backbone import (
+    fold_frozen_norms,
+    has_random_frozen_layers,
+    tensors_only,
+)
 from annotated_detr.data import (
     CocoDetection,
     check_dataset,
@@ -637,7 +642,7 @@ def processes() -> Iterator[None]:
     finally:
         distributed.destroy_process_group()
 
-# %% ../nbs/10_training.ipynb #f1ff9f44
+# %% ../nbs/10_training.ipynb #4ad511d8
 class Learner:
     """The part of a run that lives in memory: model, dense head, optimiser, and the step
     they are at.
@@ -664,6 +669,7 @@ class Learner:
         # Channels last is the order in memory in which convolutions run fastest; shapes and
         # results stay as they are.
         model = build(spec) if build else build_model(spec, config.backbone_weights)
+        fold_frozen_norms(model)  # the same numbers, in less time
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.lesson = Lesson(self.model, spec.num_classes).to(self.device)
         layers = len(self.model.transformer.decoder.layers)
@@ -1034,7 +1040,7 @@ def open_board(folder: RunFolder, step: int) -> Any:
         ) from error
     return SummaryWriter(folder.path / "tensorboard", purge_step=step)
 
-# %% ../nbs/10_training.ipynb #4011d990
+# %% ../nbs/10_training.ipynb #0d1b785c
 class Trainer:
     """A run: its pictures, its learner, its folder. `start` and `resume` open one, `fit`
     trains to the end.
@@ -1056,12 +1062,6 @@ class Trainer:
         self.board = None
         self.recent: deque[dict[str, Any]] = deque(maxlen=2_000)  # DETR's lines of metrics
         self.warned: set[str] = set()  # the watches that have spoken
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of every training picture, as the annotations have it."""
-        records = self.pictures.coco.imgs
-        return [(records[id]["height"], records[id]["width"]) for id in self.pictures.ids]
 
     def loader(self, dataset: Dataset, **options: Any) -> DataLoader:
         """A loader that leaves the global random generator alone."""
@@ -1104,7 +1104,13 @@ class Trainer:
         if self.rank == 0:
             save_checkpoint(self.folder, self.learner, self.spec, self.progress)
 
-# %% ../nbs/10_training.ipynb #d08ac654
+# %% ../nbs/10_training.ipynb #2fdaef35
+def picture_sizes(pictures: CocoDetection) -> list[tuple[int, int]]:
+    """(height, width) of every picture, as the annotations have it."""
+    records = pictures.coco.imgs
+    return [(records[id]["height"], records[id]["width"]) for id in pictures.ids]
+
+
 def batches(trainer: Trainer) -> DataLoader:
     """The training batches from the current step to the last, or this process's share of
     them, in `accumulate` parts each.
@@ -1118,6 +1124,7 @@ def batches(trainer: Trainer) -> DataLoader:
         vertical_flip=config.vertical_flip,
     )
     pictures = AugmentedPictures(trainer.pictures, transforms, config.seed)
+    sizes = picture_sizes(trainer.pictures)
     order = TrainingOrder(
         len(pictures),
         config.batch_size,
@@ -1126,7 +1133,7 @@ def batches(trainer: Trainer) -> DataLoader:
         start=learner.step,
         shares=trainer.processes * config.accumulate,
         mine=[trainer.rank * config.accumulate + i for i in range(config.accumulate)],
-        aspects=[w / h for h, w in trainer.sizes] if config.group_by_aspect else None,
+        aspects=[w / h for h, w in sizes] if config.group_by_aspect else None,
     )
     return trainer.loader(pictures, batch_sampler=order)
 
@@ -1208,14 +1215,15 @@ def keep_batch(
     torch.save(batch, path)
     return path
 
-# %% ../nbs/10_training.ipynb #097ff63e
+# %% ../nbs/10_training.ipynb #7a662c89
 def largest_shape(trainer: Trainer) -> tuple[int, int]:
     """Height and width of the largest padded batch that the training pictures can make."""
     size = trainer.config.size
     cap = round(1333 / 800 * size)
     if trainer.config.multi_scale:  # a crop can have any shape
         return cap, cap
-    shapes = [resized_shape(width, height, size, cap) for height, width in trainer.sizes]
+    sizes = picture_sizes(trainer.pictures)
+    shapes = [resized_shape(width, height, size, cap) for height, width in sizes]
     return max(height for _, height in shapes), max(width for width, _ in shapes)
 
 
