@@ -7,7 +7,7 @@ __all__ = ['Target', 'PER_OBJECT', 'KINDS', 'CHANGES_FILE', 'draw_mask', 'has_ar
            'DetectionTransforms', 'make_coco_transforms', 'Finding', 'Report', 'check_dataset', 'guess_box_format',
            'Repair', 'repair']
 
-# %% ../nbs/01_data.ipynb #d66801f7
+# %% ../nbs/01_data.ipynb #d5262d70
 import contextlib
 import io
 import itertools
@@ -33,9 +33,8 @@ from torchvision import tv_tensors
 from torchvision.ops import box_area, box_convert, clip_boxes_to_image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
-from tqdm import tqdm
 
-from .scenes import IMAGENET_MEAN, IMAGENET_STD
+from .scenes import IMAGENET_MEAN, IMAGENET_STD, progress_bar
 
 Target = dict[str, Tensor]
 
@@ -855,7 +854,7 @@ def _check_images(report: Report, entries: list[dict]) -> dict[int, dict]:
         images[entry["id"]] = entry
     return images
 
-# %% ../nbs/01_data.ipynb #10e8c59a
+# %% ../nbs/01_data.ipynb #da119d8e
 def _picture_sizes(
     img_folder: str, images: dict[int, dict], progress: bool
 ) -> dict[int, tuple[int, int] | Exception]:
@@ -867,10 +866,10 @@ def _picture_sizes(
         except (OSError, ValueError) as error:
             return error
 
-    quiet = {} if progress else {"disable": True}  # without the argument, TQDM_DISABLE decides
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")  # Pillow warns about oddities that it survives
-        found = tqdm(pool.map(size, images.values()), desc="pictures", total=len(images), **quiet)
+        sizes = pool.map(size, images.values())
+        found = progress_bar(sizes, progress, desc="pictures", total=len(images))
         return dict(zip(images, found))
 
 
