@@ -14,7 +14,7 @@ __all__ = ['PAPER', 'RECIPES', 'GENTLE', 'FINETUNE_RECIPES', 'PATIENCE', 'PAPER_
            'always_hardest', 'watch', 'warn_of_few_steps', 'warn_of_batch', 'plan', 'start', 'resume', 'plot_run',
            'overfit_one_batch']
 
-# %% ../nbs/10_training.ipynb #3010518d
+# %% ../nbs/10_training.ipynb #fd550270
 import contextlib
 import io
 import itertools
@@ -275,7 +275,7 @@ class TrainingOrder(Sampler):
                 picked = batch[share % len(batch) :: self.shares]
                 yield [(epoch, index) for index in picked]
 
-# %% ../nbs/10_training.ipynb #435c6840
+# %% ../nbs/10_training.ipynb #0b8444f7
 def group_by_aspect(
     order: Sequence[int],
     aspects: Sequence[float],
@@ -398,7 +398,7 @@ def spec_for(config: TrainConfig, pictures: CocoDetection) -> ModelSpec:
         {"aux_loss": True, **config.model_options},
     )
 
-# %% ../nbs/10_training.ipynb #82ff70db
+# %% ../nbs/10_training.ipynb #3cb69dba
 def save_model(path: str | Path, model: nn.Module, spec: ModelSpec) -> None:
     """Writes weights and specification into one safetensors file."""
     weights = {
@@ -412,7 +412,7 @@ def save_model(path: str | Path, model: nn.Module, spec: ModelSpec) -> None:
         ),
     )
 
-# %% ../nbs/10_training.ipynb #09694980
+# %% ../nbs/10_training.ipynb #ed7f8bee
 def read_model(path: str | Path) -> tuple[dict[str, Tensor], ModelSpec]:
     """The state dict and the specification that `save_model` wrote.
 
@@ -589,7 +589,7 @@ def rate_factor(step: int, steps: int, ramp: int, drop: int | None) -> float:
         return 1.0 if step < drop else 0.1
     return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
 
-# %% ../nbs/10_training.ipynb #5f834412
+# %% ../nbs/10_training.ipynb #cec57c74
 def build_model(spec: ModelSpec, backbone_weights: str | None) -> DETR:
     """The model that training starts from.
 
@@ -620,14 +620,14 @@ def pick_device(device: str) -> torch.device:
         return torch.device("cuda", number)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/10_training.ipynb #9875f09e
+# %% ../nbs/10_training.ipynb #b2c35170
 def process_number() -> tuple[int, int]:
     """The rank of this process and how many there are: (0, 1) unless torchrun started it."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
 
-# %% ../nbs/10_training.ipynb #78ebf922
+# %% ../nbs/10_training.ipynb #26580f72
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
     """Joins the other processes inside the `with` block, if torchrun started this one."""
@@ -809,7 +809,7 @@ def train_step(
     rate = learner.optimizer.param_groups[0]["lr"]
     return {"phase": phase, **logged, "grad_norm": norm, "lr": rate}
 
-# %% ../nbs/10_training.ipynb #a7139e07
+# %% ../nbs/10_training.ipynb #ea108cf8
 def without_averaging(task: nn.Module) -> contextlib.AbstractContextManager:
     """Processes wait for each other's gradients only at the last part of a step."""
     parallel = isinstance(task, DistributedDataParallel)
@@ -843,7 +843,7 @@ def finite_losses(
         "learning rate"
     )
 
-# %% ../nbs/10_training.ipynb #bf7792c4
+# %% ../nbs/10_training.ipynb #fd293782
 class RunFolder:
     """The files of a run: config.json, metrics.jsonl, and in checkpoints/ the states and
     last and best .safetensors.
@@ -908,7 +908,7 @@ class RunFolder:
         whole = [json.loads(line) for line in lines if line.endswith("}")]
         return [line for line in whole if phase in (None, line["phase"])]
 
-# %% ../nbs/10_training.ipynb #b360c4b2
+# %% ../nbs/10_training.ipynb #a479151f
 @contextlib.contextmanager
 def writing_into(folder: RunFolder, what: str) -> Iterator[None]:
     """Turns the system's refusal to write, inside the `with` block, into a sentence."""
@@ -1029,7 +1029,7 @@ def picture_losses(
     sums = losses.new_zeros(len(targets)).index_add(0, matched.picture, losses)
     return sums / torch.bincount(matched.picture, minlength=len(targets)).clamp(min=1)
 
-# %% ../nbs/10_training.ipynb #fd7e40d9
+# %% ../nbs/10_training.ipynb #5ba95916
 def open_board(folder: RunFolder, step: int) -> Any:
     """A writer for TensorBoard; what it was told after `step`, before a kill, is hidden."""
     try:
@@ -1162,7 +1162,7 @@ def score(trainer: Trainer) -> Scores:
                 save_model(trainer.folder.best, learner.model, trainer.spec)
     return scores
 
-# %% ../nbs/10_training.ipynb #a451e4fe
+# %% ../nbs/10_training.ipynb #21da7394
 @torch.inference_mode()
 def draw_answers(trainer: Trainer, count: int = 4) -> Figure:
     """The first `count` validation pictures with their true boxes, in grey, and as many of
@@ -1194,7 +1194,7 @@ def keep_drawing(trainer: Trainer) -> None:
             place = folder / f"step-{trainer.learner.step:08d}.png"
             draw_answers(trainer).savefig(place, dpi=150, facecolor="white")
 
-# %% ../nbs/10_training.ipynb #72979231
+# %% ../nbs/10_training.ipynb #9190c20f
 def to_device(
     batch: tuple[NestedTensor, Sequence[dict[str, Any]]], device: torch.device
 ) -> tuple[NestedTensor, list[dict[str, Any]]]:
@@ -1215,7 +1215,7 @@ def keep_batch(
     torch.save(batch, path)
     return path
 
-# %% ../nbs/10_training.ipynb #7a662c89
+# %% ../nbs/10_training.ipynb #04b335df
 def largest_shape(trainer: Trainer) -> tuple[int, int]:
     """Height and width of the largest padded batch that the training pictures can make."""
     size = trainer.config.size
@@ -1499,7 +1499,7 @@ def watch(trainer: Trainer, *watches: Callable[..., str | None], **evidence: Any
                 trainer.log({"phase": "warning", "about": name, "warning": sentence})
                 tqdm.write(f"step {trainer.learner.step:,}: warning: {sentence}")
 
-# %% ../nbs/10_training.ipynb #d4cb0d87
+# %% ../nbs/10_training.ipynb #675e9536
 FEWEST_STEPS = {"tiny": 2_000}  # it has only left its first plateau by then
 PAPER_STEPS = math.ceil(118_287 / PAPER.batch_size) * PAPER.epochs  # on COCO
 
@@ -1602,7 +1602,7 @@ def resume(path: str | Path) -> Trainer:
         folder.metrics.unlink(missing_ok=True)
     return trainer
 
-# %% ../nbs/10_training.ipynb #1c983b56
+# %% ../nbs/10_training.ipynb #619eb8c6
 def plot_run(folder: RunFolder) -> Figure:
     """Loss and scores of a run against its steps.
 
