@@ -240,7 +240,7 @@ def test_a_picture_that_is_all_padding_is_named():
     batch = nested_tensor_from_tensor_list(pictures((40, 64), (56, 48), (56, 64)))
     batch.mask[1] = True
     with pytest.raises(ValueError, match="picture 1 of the batch is all padding on the 7×8 feature map"):
-        tiny()(batch)
+        tiny().eval()(batch)
 
 
 def test_gradients_reach_every_trainable_parameter():
