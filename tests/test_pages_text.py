@@ -175,6 +175,15 @@ def test_every_public_name_is_taught_in_one_section_and_has_a_line_to_the_api():
     assert around.api_line("detr", "#| exporti\ndef helper(): ...") == around.api_line("detr", "def helper(): ...") == ""
 
 
+def test_every_name_with_a_line_to_the_api_has_an_entry_there():
+    """Sphinx lists what has a docstring of its own; a line to anything else would lead nowhere."""
+    names = around.taught()
+    assert len(names) > 150
+    for full in names:
+        _, module, name = full.split(".")
+        assert getattr(importlib.import_module(f"annotated_detr.{module}"), name).__doc__, f"{full} has no docstring"
+
+
 def test_an_entry_of_the_api_leads_to_its_section():
     lines = ["First paragraph.", "", "More."]
     around.add_teaching(None, "class", "annotated_detr.matcher.HungarianMatcher", None, None, lines)
@@ -218,6 +227,32 @@ def test_every_key_of_the_reference_map_is_a_key_of_the_models():
                 assert found, f"no key of the model is like {pattern}"
                 covered |= found
     assert keys <= covered, f"the map leaves out {sorted(keys - covered)[:3]}"
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_counts_what_a_reader_meets(tmp_path):
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("sphinx")
+    import report
+
+    prose, code = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell
+    cells = [
+        prose("# A title\n\nFour words stand here. | not a table"),
+        code("#| hide\nunseen = 1"),
+        code("#| export\ndef f():\n\n    return 1"),
+        prose("## Check it\n\n| a table | is no prose |\n| --- | --- |\n\n[One link](https://example.org)\n\n```py\nshown = 1\n```"),
+        code("f() == 1"),
+        code("#| echo: false\nfigures.show(fig)"),
+        prose("**Exercise 1.** Why?"),
+    ]
+    path = tmp_path / "chapter.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    numbers = report.measure(path, 2.0)
+    assert (numbers["lines"], numbers["cells"], numbers["longest"], numbers["median"]) == (3, 2, 2, 1.5)
+    assert (numbers["figures"], numbers["checks"], numbers["exercises"], numbers["seconds"]) == (1, 1, 1, 2.0)
+    assert numbers["words"] == 2 + 7 + 2 + 2 + 3 and numbers["way"] == 13
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------
