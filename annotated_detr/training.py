@@ -7,13 +7,14 @@ __all__ = ['PAPER', 'RECIPES', 'GENTLE', 'FINETUNE_RECIPES', 'PATIENCE', 'PAPER_
            'cell_centres', 'dense_targets', 'DenseHead', 'Lesson', 'parameter_groups', 'rate_factor', 'build_model',
            'pick_device', 'process_number', 'processes', 'Learner', 'batch_losses', 'set_rates', 'first_non_finite',
            'train_step', 'RunFolder', 'save_checkpoint', 'read_state', 'restore_checkpoint', 'vital_signs',
-           'picture_losses', 'Trainer', 'batches', 'score', 'draw_answers', 'keep_drawing', 'to_device', 'keep_batch',
-           'largest_shape', 'try_largest_batch', 'is_time_to_score', 'fit', 'patience', 'lines_between', 'latest_lines',
-           'boxes_alike', 'true_spread', 'nothing_found', 'mean_loss', 'first_loss', 'on_its_plateau', 'never_found',
-           'learned_something_else', 'never_shown', 'hardest_pictures', 'always_hardest', 'watch', 'warn_of_few_steps',
-           'warn_of_batch', 'plan', 'start', 'resume', 'plot_run', 'overfit_one_batch']
+           'picture_losses', 'Trainer', 'picture_sizes', 'batches', 'score', 'draw_answers', 'keep_drawing',
+           'to_device', 'keep_batch', 'largest_shape', 'try_largest_batch', 'is_time_to_score', 'fit', 'patience',
+           'lines_between', 'latest_lines', 'boxes_alike', 'true_spread', 'nothing_found', 'mean_loss', 'first_loss',
+           'on_its_plateau', 'never_found', 'learned_something_else', 'never_shown', 'hardest_pictures',
+           'always_hardest', 'watch', 'warn_of_few_steps', 'warn_of_batch', 'plan', 'start', 'resume', 'plot_run',
+           'overfit_one_batch']
 
-# %% ../nbs/10_training.ipynb #fc22a7d8
+# %% ../nbs/10_training.ipynb #fd550270
 import contextlib
 import io
 import itertools
@@ -44,7 +45,11 @@ from tqdm import tqdm
 from tyro.conf import Suppress
 
 from . import figures, scenes
-from .backbone import has_random_frozen_layers, tensors_only
+from annotated_detr.backbone import (
+    fold_frozen_norms,
+    has_random_frozen_layers,
+    tensors_only,
+)
 from annotated_detr.data import (
     CocoDetection,
     check_dataset,
@@ -270,7 +275,7 @@ class TrainingOrder(Sampler):
                 picked = batch[share % len(batch) :: self.shares]
                 yield [(epoch, index) for index in picked]
 
-# %% ../nbs/10_training.ipynb #435c6840
+# %% ../nbs/10_training.ipynb #0b8444f7
 def group_by_aspect(
     order: Sequence[int],
     aspects: Sequence[float],
@@ -393,7 +398,7 @@ def spec_for(config: TrainConfig, pictures: CocoDetection) -> ModelSpec:
         {"aux_loss": True, **config.model_options},
     )
 
-# %% ../nbs/10_training.ipynb #82ff70db
+# %% ../nbs/10_training.ipynb #3cb69dba
 def save_model(path: str | Path, model: nn.Module, spec: ModelSpec) -> None:
     """Writes weights and specification into one safetensors file."""
     weights = {
@@ -407,7 +412,7 @@ def save_model(path: str | Path, model: nn.Module, spec: ModelSpec) -> None:
         ),
     )
 
-# %% ../nbs/10_training.ipynb #09694980
+# %% ../nbs/10_training.ipynb #ed7f8bee
 def read_model(path: str | Path) -> tuple[dict[str, Tensor], ModelSpec]:
     """The state dict and the specification that `save_model` wrote.
 
@@ -584,7 +589,7 @@ def rate_factor(step: int, steps: int, ramp: int, drop: int | None) -> float:
         return 1.0 if step < drop else 0.1
     return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
 
-# %% ../nbs/10_training.ipynb #5f834412
+# %% ../nbs/10_training.ipynb #cec57c74
 def build_model(spec: ModelSpec, backbone_weights: str | None) -> DETR:
     """The model that training starts from.
 
@@ -615,14 +620,14 @@ def pick_device(device: str) -> torch.device:
         return torch.device("cuda", number)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/10_training.ipynb #9875f09e
+# %% ../nbs/10_training.ipynb #b2c35170
 def process_number() -> tuple[int, int]:
     """The rank of this process and how many there are: (0, 1) unless torchrun started it."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
 
-# %% ../nbs/10_training.ipynb #78ebf922
+# %% ../nbs/10_training.ipynb #26580f72
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
     """Joins the other processes inside the `with` block, if torchrun started this one."""
@@ -637,7 +642,7 @@ def processes() -> Iterator[None]:
     finally:
         distributed.destroy_process_group()
 
-# %% ../nbs/10_training.ipynb #f1ff9f44
+# %% ../nbs/10_training.ipynb #4ad511d8
 class Learner:
     """The part of a run that lives in memory: model, dense head, optimiser, and the step
     they are at.
@@ -664,6 +669,7 @@ class Learner:
         # Channels last is the order in memory in which convolutions run fastest; shapes and
         # results stay as they are.
         model = build(spec) if build else build_model(spec, config.backbone_weights)
+        fold_frozen_norms(model)  # the same numbers, in less time
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.lesson = Lesson(self.model, spec.num_classes).to(self.device)
         layers = len(self.model.transformer.decoder.layers)
@@ -803,7 +809,7 @@ def train_step(
     rate = learner.optimizer.param_groups[0]["lr"]
     return {"phase": phase, **logged, "grad_norm": norm, "lr": rate}
 
-# %% ../nbs/10_training.ipynb #a7139e07
+# %% ../nbs/10_training.ipynb #ea108cf8
 def without_averaging(task: nn.Module) -> contextlib.AbstractContextManager:
     """Processes wait for each other's gradients only at the last part of a step."""
     parallel = isinstance(task, DistributedDataParallel)
@@ -837,7 +843,7 @@ def finite_losses(
         "learning rate"
     )
 
-# %% ../nbs/10_training.ipynb #bf7792c4
+# %% ../nbs/10_training.ipynb #fd293782
 class RunFolder:
     """The files of a run: config.json, metrics.jsonl, and in checkpoints/ the states and
     last and best .safetensors.
@@ -902,7 +908,7 @@ class RunFolder:
         whole = [json.loads(line) for line in lines if line.endswith("}")]
         return [line for line in whole if phase in (None, line["phase"])]
 
-# %% ../nbs/10_training.ipynb #b360c4b2
+# %% ../nbs/10_training.ipynb #a479151f
 @contextlib.contextmanager
 def writing_into(folder: RunFolder, what: str) -> Iterator[None]:
     """Turns the system's refusal to write, inside the `with` block, into a sentence."""
@@ -1023,7 +1029,7 @@ def picture_losses(
     sums = losses.new_zeros(len(targets)).index_add(0, matched.picture, losses)
     return sums / torch.bincount(matched.picture, minlength=len(targets)).clamp(min=1)
 
-# %% ../nbs/10_training.ipynb #fd7e40d9
+# %% ../nbs/10_training.ipynb #5ba95916
 def open_board(folder: RunFolder, step: int) -> Any:
     """A writer for TensorBoard; what it was told after `step`, before a kill, is hidden."""
     try:
@@ -1034,7 +1040,7 @@ def open_board(folder: RunFolder, step: int) -> Any:
         ) from error
     return SummaryWriter(folder.path / "tensorboard", purge_step=step)
 
-# %% ../nbs/10_training.ipynb #4011d990
+# %% ../nbs/10_training.ipynb #0d1b785c
 class Trainer:
     """A run: its pictures, its learner, its folder. `start` and `resume` open one, `fit`
     trains to the end.
@@ -1056,12 +1062,6 @@ class Trainer:
         self.board = None
         self.recent: deque[dict[str, Any]] = deque(maxlen=2_000)  # DETR's lines of metrics
         self.warned: set[str] = set()  # the watches that have spoken
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of every training picture, as the annotations have it."""
-        records = self.pictures.coco.imgs
-        return [(records[id]["height"], records[id]["width"]) for id in self.pictures.ids]
 
     def loader(self, dataset: Dataset, **options: Any) -> DataLoader:
         """A loader that leaves the global random generator alone."""
@@ -1104,7 +1104,13 @@ class Trainer:
         if self.rank == 0:
             save_checkpoint(self.folder, self.learner, self.spec, self.progress)
 
-# %% ../nbs/10_training.ipynb #d08ac654
+# %% ../nbs/10_training.ipynb #2fdaef35
+def picture_sizes(pictures: CocoDetection) -> list[tuple[int, int]]:
+    """(height, width) of every picture, as the annotations have it."""
+    records = pictures.coco.imgs
+    return [(records[id]["height"], records[id]["width"]) for id in pictures.ids]
+
+
 def batches(trainer: Trainer) -> DataLoader:
     """The training batches from the current step to the last, or this process's share of
     them, in `accumulate` parts each.
@@ -1118,6 +1124,7 @@ def batches(trainer: Trainer) -> DataLoader:
         vertical_flip=config.vertical_flip,
     )
     pictures = AugmentedPictures(trainer.pictures, transforms, config.seed)
+    sizes = picture_sizes(trainer.pictures)
     order = TrainingOrder(
         len(pictures),
         config.batch_size,
@@ -1126,7 +1133,7 @@ def batches(trainer: Trainer) -> DataLoader:
         start=learner.step,
         shares=trainer.processes * config.accumulate,
         mine=[trainer.rank * config.accumulate + i for i in range(config.accumulate)],
-        aspects=[w / h for h, w in trainer.sizes] if config.group_by_aspect else None,
+        aspects=[w / h for h, w in sizes] if config.group_by_aspect else None,
     )
     return trainer.loader(pictures, batch_sampler=order)
 
@@ -1155,7 +1162,7 @@ def score(trainer: Trainer) -> Scores:
                 save_model(trainer.folder.best, learner.model, trainer.spec)
     return scores
 
-# %% ../nbs/10_training.ipynb #a451e4fe
+# %% ../nbs/10_training.ipynb #21da7394
 @torch.inference_mode()
 def draw_answers(trainer: Trainer, count: int = 4) -> Figure:
     """The first `count` validation pictures with their true boxes, in grey, and as many of
@@ -1187,7 +1194,7 @@ def keep_drawing(trainer: Trainer) -> None:
             place = folder / f"step-{trainer.learner.step:08d}.png"
             draw_answers(trainer).savefig(place, dpi=150, facecolor="white")
 
-# %% ../nbs/10_training.ipynb #72979231
+# %% ../nbs/10_training.ipynb #9190c20f
 def to_device(
     batch: tuple[NestedTensor, Sequence[dict[str, Any]]], device: torch.device
 ) -> tuple[NestedTensor, list[dict[str, Any]]]:
@@ -1208,14 +1215,15 @@ def keep_batch(
     torch.save(batch, path)
     return path
 
-# %% ../nbs/10_training.ipynb #097ff63e
+# %% ../nbs/10_training.ipynb #04b335df
 def largest_shape(trainer: Trainer) -> tuple[int, int]:
     """Height and width of the largest padded batch that the training pictures can make."""
     size = trainer.config.size
     cap = round(1333 / 800 * size)
     if trainer.config.multi_scale:  # a crop can have any shape
         return cap, cap
-    shapes = [resized_shape(width, height, size, cap) for height, width in trainer.sizes]
+    sizes = picture_sizes(trainer.pictures)
+    shapes = [resized_shape(width, height, size, cap) for height, width in sizes]
     return max(height for _, height in shapes), max(width for width, _ in shapes)
 
 
@@ -1491,7 +1499,7 @@ def watch(trainer: Trainer, *watches: Callable[..., str | None], **evidence: Any
                 trainer.log({"phase": "warning", "about": name, "warning": sentence})
                 tqdm.write(f"step {trainer.learner.step:,}: warning: {sentence}")
 
-# %% ../nbs/10_training.ipynb #d4cb0d87
+# %% ../nbs/10_training.ipynb #675e9536
 FEWEST_STEPS = {"tiny": 2_000}  # it has only left its first plateau by then
 PAPER_STEPS = math.ceil(118_287 / PAPER.batch_size) * PAPER.epochs  # on COCO
 
@@ -1594,7 +1602,7 @@ def resume(path: str | Path) -> Trainer:
         folder.metrics.unlink(missing_ok=True)
     return trainer
 
-# %% ../nbs/10_training.ipynb #1c983b56
+# %% ../nbs/10_training.ipynb #619eb8c6
 def plot_run(folder: RunFolder) -> Figure:
     """Loss and scores of a run against its steps.
 
