@@ -132,7 +132,7 @@ def make(file: Path) -> int:
     writer.append(io.BytesIO(front), import_outline=False)
     shift = len(writer.pages)
     for address, (title, data) in printed.items():
-        writer.append(io.BytesIO(data), outline_item=title, import_outline=True)
+        writer.append(io.BytesIO(data))  # with the outline of its headings
     mend_links(writer, {address: first + shift for address, (_, first) in pages.items()})
     number(writer, 1)
     writer.compress_identical_objects()
