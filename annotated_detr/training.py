@@ -990,11 +990,11 @@ def restore_checkpoint(folder: RunFolder, learner: Learner) -> dict[str, float]:
         write_atomically(folder.metrics, text.encode())
     return state["progress"]
 
-# %% ../nbs/10_training.ipynb #f6aca35c
+# %% ../nbs/10_training.ipynb #4a19b302
 @torch.no_grad()
 def vital_signs(
     criterion: SetCriterion, answers: dict[str, Any], targets: Sequence[dict[str, Any]]
-) -> dict[str, Tensor | None]:
+) -> dict[str, Tensor | int | None]:
     """Numbers that tell a healthy run from a sick one: `foreground_accuracy` and
     `no_object_share` in percent, `box_spread` as a fraction of the picture, and
     `hardest_picture`, the id of the picture with the largest loss by box, if that is more
@@ -1005,7 +1005,7 @@ def vital_signs(
     labels = torch.cat([target["labels"] for target in targets])[matched.target]
     answered = logits[matched.picture, matched.query]
     losses = picture_losses(logits, boxes, matched, targets)
-    hardest = targets[int(losses.argmax())]["image_id"]
+    hardest = int(targets[int(losses.argmax())]["image_id"])
     return {
         "foreground_accuracy": foreground_accuracy(answered, labels),
         "no_object_share": no_object_share(logits),
