@@ -100,7 +100,7 @@ AXE = """() => axe.run(document, { preload: false, resultTypes: ["violations"] }
 def pages(names: list[str]) -> list[str]:
     """The addresses of the book's pages, as parts of the folder of the book."""
     paths = sorted(path for folder in ("nbs", "book") for path in (HTML / folder).rglob("*.html"))
-    addresses = [path.relative_to(HTML).as_posix() for path in paths]
+    addresses = [path.relative_to(HTML).as_posix() for path in paths] + ["search.html"]
     return [address for address in addresses if not names or any(name in address for name in names)]
 
 
@@ -179,7 +179,7 @@ def main() -> int:
     with open_browser():
         pass  # no browser is said once, and not by every worker
     found = [] if arguments.names else check_book.check(HTML, ROOT)
-    addresses = pages(arguments.names) + ([] if arguments.names else ["search.html"])
+    addresses = pages(arguments.names)
     started = time.monotonic()
     with ProcessPoolExecutor(2) as workers:
         for address, problems, seconds in workers.map(look, addresses):
