@@ -249,7 +249,7 @@ class TinyBackbone(nn.Module):
         """The last feature map as "0", with the mask at its size, as from `Backbone`."""
         return _with_masks({"0": self.blocks(self.stem(batch.tensors))}, batch)
 
-# %% ../nbs/03_backbone.ipynb #35a17ceb
+# %% ../nbs/03_backbone.ipynb #319e7ceb
 @contextmanager
 def tensors_only(source: str | Path) -> Iterator[None]:
     """What is loaded in here is tensors and plain data, or it is refused in a sentence.
@@ -276,7 +276,7 @@ def tensors_only(source: str | Path) -> Iterator[None]:
             "fetch or copy it again"
         ) from error
 
-# %% ../nbs/03_backbone.ipynb #edc26782
+# %% ../nbs/03_backbone.ipynb #e4cb5e08
 def load_tensors(path: str | Path) -> Any:
     """What a `.safetensors` file, or a file of `torch.save`, holds: a state dict, as a rule.
 
@@ -313,7 +313,7 @@ def fetch_tensors(url: str, what: str) -> Any:
             f"{url} where there is internet and put the file into {folder}"
         ) from error
 
-# %% ../nbs/03_backbone.ipynb #966abe19
+# %% ../nbs/03_backbone.ipynb #892339a8
 def _imagenet_state(name: str, weights: str) -> Mapping[str, Tensor]:
     """The state dict that `weights` stands for: a file, or a name of torchvision's."""
     known = torchvision.models.get_model_weights(name).__members__
@@ -331,7 +331,7 @@ def _imagenet_state(name: str, weights: str) -> Mapping[str, Tensor]:
         )
     return state
 
-# %% ../nbs/03_backbone.ipynb #8de235d2
+# %% ../nbs/03_backbone.ipynb #f13e3388
 def _load_imagenet(network: nn.Module, name: str, weights: str) -> None:
     """Fill a ResNet, all but the classifier that the backbone does without."""
 

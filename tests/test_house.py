@@ -353,6 +353,100 @@ def test_the_check_of_the_pages_bites(tmp_path):
     assert "which is not there" in problems("<img src='gone.png' alt='x'>")
 
 
+def test_a_page_is_mended_and_summed_up():
+    pytest.importorskip("sphinx")
+    import page_shell
+
+    wrong = '<script src="x/fontawesome.js"></script><body data-default-mode=""><summary aria-label="Toggle hidden content">Solution'
+    assert page_shell.mend(wrong) == '<body data-default-mode="auto"><summary>Solution'
+    assert page_shell.summary("One sentence.  Two.") == "One sentence. Two."
+    first = "A first sentence that is long enough to be told alone, since it is more than a third of what there is room for."
+    assert page_shell.summary(f"{first} {'word ' * 60}") == first
+    long = page_shell.summary("word, " * 100)
+    assert len(long) <= 204 and long.endswith("word …")
+
+
+def test_the_site_has_a_first_page_a_map_and_a_page_for_lost_addresses(tmp_path):
+    pytest.importorskip("sphinx")
+    import check_book
+    import page_shell
+
+    for name in ("nbs/index.html", "book/pages/api.html", "search.html", "_static/favicon.svg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("<html><body><h1>Page</h1></body></html>", encoding="utf8")
+    page_shell.finish_folder(tmp_path)
+    assert check_book.check(tmp_path, ROOT) == []
+    site = page_shell.settings()["site"]
+    assert site == "https://{}.github.io/{}".format(*repository().split("/"))
+    assert f"<loc>{site}/nbs/index.html</loc>" in (tmp_path / "sitemap.xml").read_text(encoding="utf8")
+    assert f'<base href="{site}/">' in (tmp_path / "404.html").read_text(encoding="utf8")
+
+
+def test_only_the_icons_that_are_shown_are_shipped(tmp_path):
+    theme = pytest.importorskip("pydata_sphinx_theme")
+    import shutil
+
+    import icons
+    from fontTools.ttLib import TTFont
+
+    static = Path(theme.__file__).parent / "theme" / "pydata_sphinx_theme" / "static"
+    for name in ("styles/pydata-sphinx-theme.css", "vendor/fontawesome/webfonts"):
+        target = tmp_path / "_static" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (static / name).is_dir() else shutil.copy)(static / name, target)
+    (tmp_path / "_static" / "scripts").mkdir()
+    (tmp_path / "page.html").write_text('<i class="fas fa-rocket"></i>', encoding="utf8")
+    icons.keep_what_is_shown(tmp_path)
+    style = (tmp_path / "_static" / "styles" / "pydata-sphinx-theme.css").read_text(encoding="utf8")
+    assert ".fa-rocket:before" in style and ".fa-cow:before" not in style and ".woff2" not in style
+    fonts = tmp_path / "_static" / "vendor" / "fontawesome" / "webfonts"
+    shown = TTFont(fonts / "fa-solid-900.woff").getBestCmap()
+    assert 0xF135 in shown and 0xF6C8 not in shown, "a rocket, and no cow"
+    assert sum(path.stat().st_size for path in fonts.iterdir()) < 40_000
+
+
+def test_the_book_is_served_compressed_and_lost_addresses_find_help(tmp_path):
+    pytest.importorskip("sphinx")
+    import gzip
+    import threading
+    import urllib.error
+    import urllib.request
+
+    import page_shell
+    import serve
+
+    (tmp_path / "index.html").write_text("<h1>Here</h1>", encoding="utf8")
+    (tmp_path / "404.html").write_text(page_shell.missing_page(page_shell.settings()), encoding="utf8")
+    with serve.server(tmp_path, 0) as book:
+        threading.Thread(target=book.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{book.server_port}"
+        with urllib.request.urlopen(urllib.request.Request(address + "/", headers={"Accept-Encoding": "gzip"})) as answer:
+            assert gzip.decompress(answer.read()) == b"<h1>Here</h1>" and answer.headers["Content-Type"] == "text/html"
+        with pytest.raises(urllib.error.HTTPError) as lost:
+            urllib.request.urlopen(address + "/no/such/page")
+        page = lost.value.read().decode()
+        lost.value.close()
+        assert lost.value.code == 404 and "No such page" in page and '<base href="/">' in page
+        book.shutdown()
+
+
+def test_without_a_browser_a_sentence_says_how_to_get_one(monkeypatch, tmp_path):
+    import browser
+
+    class Playwright:
+        class chromium:
+            executable_path = "nowhere"
+
+    monkeypatch.setattr(browser, "MAC", tmp_path / "none")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("BROWSER_PATH", raising=False)
+    with pytest.raises(SystemExit, match="apt-get install chromium"):
+        browser.find_browser(Playwright)
+    monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "gone"))
+    with pytest.raises(SystemExit, match="gone, which is not there"):
+        browser.find_browser(Playwright)
+
+
 # --- files around the book --------------------------------------------------------------------------------------------
 
 
@@ -363,6 +457,9 @@ def test_the_repository_is_named_in_one_place():
     for path, text in texts():
         if path in ("tests/test_house.py",) or path.startswith("book/lock"):
             continue
+        for match in re.finditer(r"([\w-]+)\.github\.io/([\w-]+)", text):
+            if match[2] == name or match[1] == owner:
+                assert (match[1], match[2]) == (owner, name), f"{path} names {match[0]}"
         for match in re.finditer(hosts, text):
             if match[2] == name or match[1] == owner or "annotated" in match[0].lower():
                 assert (match[1], match[2]) == (owner, name), f"{path} names {match[0]}"
@@ -383,7 +480,52 @@ def test_versions_agree():
     version = annotated_detr.__version__
     assert settings["DEFAULT"]["version"] == version
     assert f'version: "{version}"' in (ROOT / "CITATION.cff").read_text(encoding="utf8")
+    assert set(re.findall(r"@v([\w.]+)", (ROOT / "README.md").read_text(encoding="utf8"))) == {version}
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf8")
+
+
+def workflows() -> dict[str, dict]:
+    """The workflows of the public repository, by the name of their file."""
+    import yaml
+
+    return {path.stem: yaml.safe_load(path.read_text(encoding="utf8")) for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))}
+
+
+def test_workflows_call_what_there_is_and_may_do_little():
+    """What can be known without running them; `make lint-workflows` asks two linters as well."""
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf8"), flags=re.M))
+    assert set(workflows()) == {"test", "book", "release", "notebooks"}
+    for name, flow in workflows().items():
+        assert flow["permissions"] == {}, f"{name}: a job asks for the rights that it needs, the workflow for none"
+        for job in flow["jobs"].values():
+            assert job["timeout-minutes"] <= 180
+            for step in job["steps"]:
+                assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}|[\w-]+/[\w-]+@(v\d+|release/v1)", step.get("uses", "a/b@v1"))
+                script = step.get("run", "")
+                assert "${{" not in script, f"{name}: {script} — a script gets its values through the environment"
+                for target in re.findall(r"\bmake ([\w-]+)", script):
+                    assert target in targets, f"{name} calls `make {target}`"
+                for path in re.findall(r"\b(?:book|tests)/[\w/]+\.\w+", script):
+                    assert (ROOT / path).exists(), f"{name} calls {path}"
+
+
+def test_workflows_cover_every_python_and_both_torches():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
+    matrix = workflows()["test"]["jobs"]["test"]["strategy"]["matrix"]
+    assert matrix["python"][0] == project["requires-python"].removeprefix(">=") == "3.11" and matrix["python"][-1] == "3.13"
+    assert matrix["versions"] == ["newest", "oldest"]
+
+
+def test_the_notes_of_a_release_are_its_part_of_the_changelog(tmp_path):
+    import annotated_detr
+
+    command = [sys.executable, "book/release_notes.py", f"v{annotated_detr.__version__}"]
+    notes = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert notes.startswith("- ") and "## " not in notes and len(notes) > 200
+    wrong = subprocess.run([*command[:2], "v99.0.0"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 1 and "99.0.0" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
 def test_no_file_names_a_place_outside_the_repository():
