@@ -167,4 +167,4 @@ def test_predict_uses_the_twin_and_follows_the_models_weights():
     after = detector.outputs([picture])["pred_boxes"]
     assert model.training and (after - before).abs().max() > 0.05, "the twin answers with weights that are gone"
     assert attention_maps(detector, picture).shape == (N, 8, 12)
-    assert len(predict(detector, picture, threshold=0)[0]) == N
+    assert len(predict(detector, picture, threshold=0.0)[0]) == N
