@@ -116,7 +116,7 @@ def axe_script() -> str | None:
 def weight(urls: set[str]) -> int:
     """The bytes that a visitor's browser gets for these files, compressed as web hosts do."""
     paths = {Path(unquote(urlsplit(url).path)) for url in urls if url.startswith("file:") and "mathjax" not in url}
-    return sum(len(path.read_bytes() if path.suffix == ".woff2" else gzip.compress(path.read_bytes(), 6)) for path in paths if path.is_file())
+    return sum(len(path.read_bytes() if path.suffix == ".woff" else gzip.compress(path.read_bytes(), 6)) for path in paths if path.is_file())
 
 
 def look(address: str) -> tuple[str, list[str], float]:

@@ -146,7 +146,9 @@ def finish(app, exception):
         return
     finish_folder(Path(app.outdir))
     import card
+    import icons
 
+    icons.keep_what_is_shown(Path(app.outdir))
     card.draw(Path(app.outdir) / "_static")
 
 

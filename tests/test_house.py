@@ -382,6 +382,29 @@ def test_the_site_has_a_first_page_a_map_and_a_page_for_lost_addresses(tmp_path)
     assert f'<base href="{site}/">' in (tmp_path / "404.html").read_text(encoding="utf8")
 
 
+def test_only_the_icons_that_are_shown_are_shipped(tmp_path):
+    theme = pytest.importorskip("pydata_sphinx_theme")
+    import shutil
+
+    import icons
+    from fontTools.ttLib import TTFont
+
+    static = Path(theme.__file__).parent / "theme" / "pydata_sphinx_theme" / "static"
+    for name in ("styles/pydata-sphinx-theme.css", "vendor/fontawesome/webfonts"):
+        target = tmp_path / "_static" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (static / name).is_dir() else shutil.copy)(static / name, target)
+    (tmp_path / "_static" / "scripts").mkdir()
+    (tmp_path / "page.html").write_text('<i class="fas fa-rocket"></i>', encoding="utf8")
+    icons.keep_what_is_shown(tmp_path)
+    style = (tmp_path / "_static" / "styles" / "pydata-sphinx-theme.css").read_text(encoding="utf8")
+    assert ".fa-rocket:before" in style and ".fa-cow:before" not in style and ".woff2" not in style
+    fonts = tmp_path / "_static" / "vendor" / "fontawesome" / "webfonts"
+    shown = TTFont(fonts / "fa-solid-900.woff").getBestCmap()
+    assert 0xF135 in shown and 0xF6C8 not in shown, "a rocket, and no cow"
+    assert sum(path.stat().st_size for path in fonts.iterdir()) < 40_000
+
+
 def test_the_book_is_served_compressed_and_lost_addresses_find_help(tmp_path):
     pytest.importorskip("sphinx")
     import gzip
