@@ -25,6 +25,7 @@ HTML = ROOT / "_build" / "html"
 PICTURES = ROOT / "_build" / "screenshots"
 WIDTHS = {1280: 900, 390: 844}  # a laptop's window and a telephone's
 SLICE = 8000  # pixels: a browser draws no picture that is much higher
+SLICES = 4  # the longest pages, such as the API, are ten times as high on a telephone
 HEAVIEST = 1_500_000  # bytes
 SIDEWAYS = """() => {
   const root = document.documentElement, out = [];
@@ -161,10 +162,10 @@ def found_something(page) -> bool:
 
 
 def photograph(page, stem: Path, width: int) -> None:
-    """The whole page as pictures below each other."""
+    """The page from its top as pictures below each other."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     height = page.evaluate("document.documentElement.scrollHeight")
-    for i, top in enumerate(range(0, height, SLICE)):
+    for i, top in enumerate(range(0, min(height, SLICES * SLICE), SLICE)):
         clip = {"x": 0, "y": top, "width": width, "height": min(SLICE, height - top)}
         page.screenshot(path=f"{stem}-{i}.jpg", type="jpeg", quality=60, full_page=True, clip=clip, animations="disabled")
 
