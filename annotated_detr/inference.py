@@ -117,7 +117,7 @@ def load_detector(path: str | os.PathLike, device: str | torch.device = "cpu") -
     """
     return Detector.of(*load_model(weights_file(path)), device)
 
-# %% ../nbs/11_inference.ipynb #07ad0ba7
+# %% ../nbs/11_inference.ipynb #4ef175b1
 def weights_file(path: str | os.PathLike) -> Path:
     """The `.safetensors` file behind what `load_detector` takes; raises as it does."""
     if str(path) in SHIPPED:
@@ -432,7 +432,7 @@ class Detections:
             )
         ]
 
-# %% ../nbs/11_inference.ipynb #0b0e974c
+# %% ../nbs/11_inference.ipynb #612f734b
 def _as_shown(image: str | os.PathLike | Image.Image) -> Image.Image:
     """The picture as a viewer shows it: upright, RGB."""
     if isinstance(image, Image.Image):
@@ -572,7 +572,7 @@ def predict_folder(
     journal.write_results()
     return report
 
-# %% ../nbs/11_inference.ipynb #fafe1aff
+# %% ../nbs/11_inference.ipynb #e9412eba
 SUFFIXES = frozenset(Image.registered_extensions())
 
 
@@ -613,7 +613,7 @@ def _pictures_in(folder: Path, out: Path) -> dict[str, Path]:
         raise FileNotFoundError(f"{folder} holds no picture of a format that PIL reads.")
     return {path.relative_to(folder).as_posix(): path for path in sorted(files)}
 
-# %% ../nbs/11_inference.ipynb #4fa6610a
+# %% ../nbs/11_inference.ipynb #b4409d10
 class _Journal:
     """One line per picture, written as soon as its answer is known: what makes a run resumable."""
 
@@ -666,7 +666,7 @@ class _Journal:
         ]
         write_atomically(self.out / "predictions.json", json.dumps(rows).encode())
 
-# %% ../nbs/11_inference.ipynb #8c12a3b6
+# %% ../nbs/11_inference.ipynb #a10b99d7
 def _fingerprint(model: nn.Module) -> str:
     """Tells two sets of weights apart."""
     digest = hashlib.sha256()
@@ -675,7 +675,7 @@ def _fingerprint(model: nn.Module) -> str:
         digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/11_inference.ipynb #2df4e6d8
+# %% ../nbs/11_inference.ipynb #a0e7a0c1
 def _readable(
     pictures: Mapping[str, Path],
     detector: Detector,
@@ -704,7 +704,7 @@ def _readable(
         else:  # answered, but killed before it was drawn
             _draw_entry(entry, picture, detector, journal.out)
 
-# %% ../nbs/11_inference.ipynb #36688d8a
+# %% ../nbs/11_inference.ipynb #d3cfcd3a
 def _answer(
     detector: Detector,
     batch: list[tuple[str, Image.Image]],
@@ -721,7 +721,7 @@ def _answer(
         journal.add(entry | {"detections": detections.rows(image_id)})
         yield journal.entries[name], picture
 
-# %% ../nbs/11_inference.ipynb #a154fa8c
+# %% ../nbs/11_inference.ipynb #95cbb541
 def _drawn_path(out: Path, name: str) -> Path:
     """Where a drawn picture goes: under its own name, if browsers show that format."""
     shown = Path(name).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
