@@ -36,7 +36,7 @@ _EXPORTS = {
     "loss": ["SetCriterion", "build_criterion"],
     "evaluation": ["evaluate", "Scores"],
     "training": ["TrainConfig", "Trainer", "ModelSpec", "save_model", "load_model"],
-    "inference": ["predict", "load_detector"],
+    "inference": ["predict", "load_detector", "for_inference"],
     "pretrained": ["from_pretrained", "save_pretrained", "push_to_hub"],
     "scenes": ["running_batch", "running_batch_pil", "coco_folder"],
     "datasets": ["download", "convert_voc"],

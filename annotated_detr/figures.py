@@ -704,7 +704,7 @@ def _picture_size(ax: Axes) -> tuple[Number, Number]:
     left, right, bottom, top = ax.images[0].get_extent()
     return abs(right - left), abs(bottom - top)
 
-# %% ../nbs/figures.ipynb #c89f332a
+# %% ../nbs/figures.ipynb #5f020e23
 def _box_colors(
     n: int, labels: Sequence[str] | None, color: str | Sequence[str] | None
 ) -> list[str]:
@@ -732,7 +732,7 @@ def _tag(ax: Axes, box: tuple[Number, Number, Number, Number], text: str, color:
     at_right = box[0] > left + 0.72 * (right - left)
     ax.annotate(
         text,
-        (box[2] if at_right else box[0], max(top, box[1])),
+        (min(right, box[2]) if at_right else max(left, box[0]), max(top, box[1])),
         (-0.6 if at_right else 0.6, -2.4 if inside else 2.4),
         textcoords="offset points",
         ha="right" if at_right else "left",
