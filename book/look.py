@@ -166,7 +166,7 @@ def found_something(page) -> bool:
     """Does a search, from the folder on the disk, find a word that is in the book?"""
     page.goto(page.url + "?q=matcher")
     page.wait_for_selector("#search-results li a")
-    return page.locator("#search-results li a").count() > 3
+    return page.locator("#search-results li a").count() > 0
 
 
 def photograph(page, stem: Path, width: int) -> None:
