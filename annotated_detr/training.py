@@ -12,7 +12,7 @@ __all__ = ['PAPER', 'RECIPES', 'PATIENCE', 'PAPER_PATIENCE', 'FEWEST_STEPS', 'PA
            'learned_something_else', 'never_shown', 'hardest_pictures', 'always_hardest', 'watch', 'warn_of_few_steps',
            'plan', 'start', 'resume', 'plot_run', 'overfit_one_batch']
 
-# %% ../nbs/10_training.ipynb #02821ae0
+# %% ../nbs/10_training.ipynb #4a267157
 import contextlib
 import io
 import itertools
@@ -36,9 +36,8 @@ from jaxtyping import Bool, Float, Int64
 from matplotlib.figure import Figure
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, generalized_box_iou_loss
 from tqdm import tqdm
 from tyro.conf import Suppress
 
@@ -57,7 +56,6 @@ from annotated_detr.loss import (
     no_object_share,
     step_normalizer,
 )
-from .matcher import paired_giou
 from .nested_tensor import NestedTensor, collate_fn
 from .scenes import progress_bar, write_atomically
 
@@ -386,28 +384,35 @@ def cell_centres(mask: Bool[Tensor, "B H W"]) -> Float[Tensor, "B H W 2"]:
         [columns / width[:, None, None], rows / height[:, None, None]], dim=-1
     )
 
-# %% ../nbs/10_training.ipynb #72bafa3b
+# %% ../nbs/10_training.ipynb #6706ff9d
 def dense_targets(
     centres: Float[Tensor, "B H W 2"], targets: Sequence[dict[str, Any]], num_classes: int
 ) -> tuple[Int64[Tensor, "B H W"], Float[Tensor, "B H W 4"]]:
     """Class and x0y0x1y1 box of the smallest box that covers each cell's centre; class
     `num_classes` where there is none.
     """
-    # After the boxes of each picture comes one more, of class K, for cells that are free.
-    labels = [F.pad(target["labels"], (0, 1), value=num_classes) for target in targets]
-    labels = pad_sequence(labels, batch_first=True, padding_value=num_classes)
-    boxes = [F.pad(target["boxes"], (0, 0, 0, 1), value=0.5) for target in targets]
-    boxes = pad_sequence(boxes, batch_first=True, padding_value=0.5)
-    corners, points = box_convert(boxes, "cxcywh", "xyxy"), centres.unsqueeze(3)
-    low, high = corners[:, None, None].split(2, dim=-1)
-    covers = ((points > low) & (points < high)).all(-1)
-    covers &= (labels < num_classes)[:, None, None]
-    areas = (boxes[..., 2] * boxes[..., 3])[:, None, None].masked_fill(~covers, math.inf)
-    smallest = torch.where(covers.any(-1), areas.argmin(-1), labels.shape[1] - 1)
-    picture = torch.arange(len(targets), device=centres.device)[:, None, None]
-    return labels[picture, smallest], corners[picture, smallest]
+    labels = torch.full(centres.shape[:3], num_classes, device=centres.device)
+    boxes = torch.zeros(*centres.shape[:3], 4, device=centres.device)
+    for picture, target in enumerate(targets):
+        if len(target["labels"]) == 0:
+            continue
+        corners, points = (
+            box_convert(target["boxes"], "cxcywh", "xyxy"),
+            centres[picture].unsqueeze(2),
+        )
+        covers = ((points > corners[:, :2]) & (points < corners[:, 2:])).all(-1)
+        areas = (
+            target["boxes"][:, 2:]
+            .prod(-1)
+            .expand(covers.shape)
+            .masked_fill(~covers, math.inf)
+        )
+        smallest, covered = areas.argmin(-1), covers.any(-1)
+        labels[picture][covered] = target["labels"][smallest][covered]
+        boxes[picture][covered] = corners[smallest][covered]
+    return labels, boxes
 
-# %% ../nbs/10_training.ipynb #f21178bc
+# %% ../nbs/10_training.ipynb #e9f1c145
 class DenseHead(nn.Module):
     """A class and a box for every cell of a feature map: a teacher, thrown away after use."""
 
@@ -437,15 +442,13 @@ class DenseHead(nn.Module):
         2 · (1 - GIoU), halved, over the cells that a box covers.
         """
         labels, corners = dense_targets(cell_centres(mask), targets, self.num_classes)
-        # Every cell is compared, and those that do not count are given no weight: choosing
-        # them first would make the host wait for the device to say how many there are.
-        told, true = boxes.float(), box_convert(corners, "xyxy", "cxcywh")
-        giou = paired_giou(box_convert(told, "cxcywh", "xyxy"), corners)
-        box_loss = 2.5 * (told - true).abs().sum(-1) + 1 - giou
         covered = (labels < self.num_classes) & ~mask
-        box_loss = (box_loss * covered).sum() / covered.sum().clamp(min=1)
-        classes = labels.masked_fill(mask, -100).flatten()  # which cross_entropy leaves out
-        return F.cross_entropy(logits.float().flatten(0, 2), classes) + box_loss
+        told, true = boxes[covered].float(), corners[covered]
+        distance = F.l1_loss(told, box_convert(true, "xyxy", "cxcywh"), reduction="sum")
+        told = box_convert(told, "cxcywh", "xyxy")
+        giou = generalized_box_iou_loss(told, true, reduction="sum")
+        box_loss = (2.5 * distance + giou) / covered.sum().clamp(min=1)
+        return F.cross_entropy(logits[~mask].float(), labels[~mask]) + box_loss
 
 # %% ../nbs/10_training.ipynb #537defea
 class Lesson(nn.Module):
@@ -726,7 +729,7 @@ def train_step(
     rate = learner.optimizer.param_groups[0]["lr"]
     return {"phase": phase, **logged, "grad_norm": norm, "lr": rate}
 
-# %% ../nbs/10_training.ipynb #a7139e07
+# %% ../nbs/10_training.ipynb #efe750a4
 def without_averaging(task: nn.Module) -> contextlib.AbstractContextManager:
     """Processes wait for each other's gradients only at the last part of a step."""
     parallel = isinstance(task, DistributedDataParallel)
@@ -743,8 +746,7 @@ def finite_losses(
     problem = None
     try:
         losses = batch_losses(learner, samples, targets, normalizer)
-        # The criterion has looked at the answers; asking again would be one more wait.
-        if not learner.warming_up or losses["loss"].isfinite():
+        if losses["loss"].isfinite():
             return losses
     except ValueError as error:  # the criterion refuses answers that are not finite
         problem = error
@@ -886,7 +888,7 @@ def restore_checkpoint(folder: RunFolder, learner: Learner) -> dict[str, float]:
         write_atomically(folder.metrics, text.encode())
     return state["progress"]
 
-# %% ../nbs/10_training.ipynb #f6aca35c
+# %% ../nbs/10_training.ipynb #1944cf76
 @torch.no_grad()
 def vital_signs(
     criterion: SetCriterion, answers: dict[str, Any], targets: Sequence[dict[str, Any]]
@@ -924,11 +926,11 @@ def picture_losses(
     answered = logits[matched.picture, matched.query]
     losses = F.cross_entropy(answered, labels, reduction="none")
     losses = losses + 5 * (found - true).abs().sum(1)
-    losses = losses + 2 * (1 - paired_giou(*corners))
+    losses = losses + 2 * generalized_box_iou_loss(*corners, reduction="none")
     sums = losses.new_zeros(len(targets)).index_add(0, matched.picture, losses)
     return sums / torch.bincount(matched.picture, minlength=len(targets)).clamp(min=1)
 
-# %% ../nbs/10_training.ipynb #562a03a6
+# %% ../nbs/10_training.ipynb #37bddf03
 class Trainer:
     """A run: its pictures, its learner, its folder. `start` and `resume` open one, `fit`
     trains to the end.
@@ -964,10 +966,10 @@ class Trainer:
         """
         learner, seconds = self.learner, round(self.progress["seconds"], 2)
         epoch = round(learner.step / learner.steps_per_epoch, 3)
-        line = {"step": learner.step, "epoch": epoch, "seconds": seconds} | numbers
-        tensors = {k: v.float() for k, v in numbers.items() if isinstance(v, Tensor)}
-        if tensors:  # one copy from the device for all of them
-            line |= zip(tensors, torch.stack([*tensors.values()]).tolist())
+        line = {"step": learner.step, "epoch": epoch, "seconds": seconds} | {
+            name: value.item() if isinstance(value, Tensor) else value
+            for name, value in numbers.items()
+        }
         if self.rank == 0:
             self.folder.append(line)
         if line["phase"] == "detr":
@@ -1198,7 +1200,7 @@ def on_its_plateau(trainer: Trainer) -> str | None:
         "ask whether the backbone has learned anything before"
     )
 
-# %% ../nbs/10_training.ipynb #480e5db8
+# %% ../nbs/10_training.ipynb #b2150ef4
 def never_found(trainer: Trainer, scores: Scores) -> str | None:
     """In the second half of a run a class with twenty boxes or more is not found, while
     another is found well.
@@ -1217,12 +1219,13 @@ def never_found(trainer: Trainer, scores: Scores) -> str | None:
 
 
 def learned_something_else(trainer: Trainer, scores: Scores) -> str | None:
-    """The loss has fallen by a quarter from its plateau, and still nothing is found."""
-    before, now = first_loss(trainer), mean_loss(latest_lines(trainer))
-    if scores.AP50 is None or scores.AP50 > 0.01 or not now < 0.75 * before:
+    """The matched boxes overlap their targets well, and still nothing is found."""
+    lines = latest_lines(trainer)
+    giou = sum(line["loss_giou"] for line in lines) / max(len(lines), 1)
+    if not lines or scores.AP50 is None or scores.AP50 > 0.01 or giou > 0.4:
         return None
     return (
-        f"the loss has fallen from {before:.1f} to {now:.1f}, but AP50 is {scores.AP50:.3f}: "
+        f"boxes fit their targets (loss_giou {giou:.2f}), but AP50 is {scores.AP50:.3f}: "
         "the model learns something that the validation file does not ask for; compare the "
         "category ids and the box format of both files, and draw a few targets"
     )
