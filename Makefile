@@ -12,14 +12,18 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 find-python = for p in $(PYTHON) $(1); do \
 	  if "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo "$$p"; break; fi; done
 
-.PHONY: help book test test-long test-oldest test-notebooks serve clean lock export setup
+.PHONY: help book book-report test test-long test-oldest test-notebooks test-pages pdf serve lint-workflows clean lock export setup
 
 help:
 	@echo "make book            run every notebook that has changed, and build the book into _build/html"
+	@echo "make book-report     how long the chapters are, and how often something is seen in them"
 	@echo "make test            the tests; test-long: the slow ones; test-oldest: on the oldest versions that the package admits"
 	@echo "make test-notebooks  run every notebook where only the built wheel is installed, as on Colab"
-	@echo "make serve           show the book at http://localhost:8000"
+	@echo "make test-pages      look at every page of the book in a browser, wide and narrow, light and dark"
+	@echo "make pdf             print the whole book into one PDF, with a browser"
+	@echo "make serve           show the book at http://localhost:8000; PORT=8001 for another port"
 	@echo "make export          write the package's modules from the notebooks"
+	@echo "make lint-workflows  check the workflows of .github/workflows"
 	@echo "make lock            resolve the lock files of book/ anew"
 	@echo "make clean           remove what was built (not the environments); make distclean removes those, too"
 
@@ -40,6 +44,9 @@ $(READY): book/lock.txt pyproject.toml
 
 book: $(READY)
 	@$(PY) book/build.py
+
+book-report: $(READY)
+	@$(PY) book/report.py
 
 test: $(READY)
 	@$(PYTEST) -m "not slow"
@@ -65,9 +72,20 @@ test-oldest: $(OLDEST)/.ready
 test-notebooks: $(READY)
 	@$(PY) book/run_notebooks.py
 
+test-pages: book
+	@$(PY) book/look.py
+
+pdf: book
+	@$(PY) book/make_pdf.py
+
+PORT := 8000
 serve: book
-	@echo "The book is at http://localhost:8000 (stop with Ctrl-C)."
-	@$(PY) -m http.server 8000 --bind 127.0.0.1 --directory _build/html
+	@$(PY) book/serve.py --port $(PORT)
+
+# From PyPI, into uv's cache: tools that look at files and are part of nothing else.
+lint-workflows: $(READY)
+	@$(UV) tool run --quiet check-jsonschema@0.39.0 --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@$(UV) tool run --quiet zizmor@1.32.0 --quiet --offline --min-severity medium .github/workflows
 
 export: $(READY)
 	@$(PY) book/check_drift.py --write

@@ -81,7 +81,7 @@ def keep_objects(target: Target, keep: Bool[Tensor, "n"]) -> Target:
         return target
     return {key: value[keep] if key in PER_OBJECT else value for key, value in target.items()}
 
-# %% ../nbs/01_data.ipynb #11c30a0e
+# %% ../nbs/01_data.ipynb #57a54841
 def _numbers(
     image_id: object,
     objects: list[dict],
@@ -118,7 +118,7 @@ def _numbers(
         f"{key} is {entry.get(key)!r}; it must be {wanted}."
     )
 
-# %% ../nbs/01_data.ipynb #a7bbabb0
+# %% ../nbs/01_data.ipynb #4acd02fc
 def _stack_masks(
     image_id: object, objects: list[dict], height: int, width: int
 ) -> Bool[Tensor, "n h w"]:
@@ -244,7 +244,7 @@ def open_picture(path: str | os.PathLike) -> Image.Image:
             f"{path}: the picture cannot be read ({error}); replace or remove it."
         ) from error
 
-# %% ../nbs/01_data.ipynb #f9d80606
+# %% ../nbs/01_data.ipynb #7900ae32
 def read_json(ann_file: str | os.PathLike) -> dict:
     """Read an annotation file as far as the outermost dictionary.
 
@@ -304,7 +304,7 @@ def read_coco(ann_file: str | os.PathLike) -> dict:
         entry.setdefault("area", float(entry["bbox"][2]) * float(entry["bbox"][3]))
     return content
 
-# %% ../nbs/01_data.ipynb #6c0edc27
+# %% ../nbs/01_data.ipynb #7d8e879d
 def _fault(entry: object, key: str) -> str | None:
     """Say what keeps `entry[key]` from being used, or return None."""
     if not isinstance(entry, dict):
@@ -580,7 +580,7 @@ def make_coco_transforms(
         steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter, hue))
     return DetectionTransforms(*steps)
 
-# %% ../nbs/01_data.ipynb #7aa6c55c
+# %% ../nbs/01_data.ipynb #039f47db
 KINDS = {  # kind: (severity, cure); an error stops training or spoils it, a warning is survived
     "json": ("error", "fetch or export the annotation file again"),
     "section": ("error", "add the list; it may be empty"),
@@ -627,7 +627,7 @@ KINDS = {  # kind: (severity, cure); an error stops training or spoils it, a war
     ),
 }
 
-# %% ../nbs/01_data.ipynb #efebea53
+# %% ../nbs/01_data.ipynb #f5e1a2b8
 @dataclass(frozen=True)
 class Finding:
     """One thing that is wrong with a data set: what, where, how bad, and what to do about it."""
@@ -646,7 +646,7 @@ class Finding:
         ] * (self.annotation is not None)
         return f"{self.file}{': ' if names else ''}{', '.join(names)}: {self.sentence}"
 
-# %% ../nbs/01_data.ipynb #439350d2
+# %% ../nbs/01_data.ipynb #5e5a0151
 @dataclass
 class Report:
     """What `check_dataset` found: findings, counts, the class table, box sizes, and the index line.
@@ -707,7 +707,7 @@ class Report:
     def __str__(self) -> str:
         return "\n".join(_report_lines(self))
 
-# %% ../nbs/01_data.ipynb #2857007d
+# %% ../nbs/01_data.ipynb #5075f6e6
 def _report_lines(report: Report, examples: int = 5) -> Iterator[str]:
     """Lay a report out as text: counts, index line, box sides, then findings by kind."""
     counts = [f"{name.replace('_', ' ')} {count:,}" for name, count in report.counts.items()]
@@ -775,7 +775,7 @@ def check_dataset(
     _count(report, entries, images, categories, boxes, sizes)
     return report
 
-# %% ../nbs/01_data.ipynb #83b682d3
+# %% ../nbs/01_data.ipynb #ed384bbd
 def _check_entries(report: Report, section: str, content: dict) -> list[dict]:
     """Return the dictionaries of a section whose id can be used and has not been used before."""
     entries, seen, good = content.get(section), set(), []
@@ -832,7 +832,7 @@ def _check_categories(report: Report, entries: list[dict]) -> dict[int, dict]:
 
 MOST_CLASSES = 100_000  # a class head with more rows than this is a numbering mistake
 
-# %% ../nbs/01_data.ipynb #1a421673
+# %% ../nbs/01_data.ipynb #c818c0f9
 def _check_images(report: Report, entries: list[dict]) -> dict[int, dict]:
     """Return the entries whose file name can be used, by id."""
     if not entries:
@@ -854,7 +854,7 @@ def _check_images(report: Report, entries: list[dict]) -> dict[int, dict]:
         images[entry["id"]] = entry
     return images
 
-# %% ../nbs/01_data.ipynb #67764c21
+# %% ../nbs/01_data.ipynb #da119d8e
 def _picture_sizes(
     img_folder: str, images: dict[int, dict], progress: bool
 ) -> dict[int, tuple[int, int] | Exception]:
@@ -908,7 +908,7 @@ def _check_pictures(
             report.add("picture very long", f"{size[0]}×{size[1]} is more than 20 to 1", name, id)
     return sizes
 
-# %% ../nbs/01_data.ipynb #5dd75103
+# %% ../nbs/01_data.ipynb #81a7980b
 def _check_annotations(
     report: Report, entries: list[dict], images: dict[int, dict], categories: dict[int, dict]
 ) -> list[dict]:
@@ -944,7 +944,7 @@ def _check_extras(report: Report, entry: dict, where: dict) -> None:
     if drawn is not None and drawn != [] and not _is_segmentation(drawn):
         report.add("segmentation", f"segmentation is {_show(drawn)}", **where)
 
-# %% ../nbs/01_data.ipynb #26091610
+# %% ../nbs/01_data.ipynb #d671b3e3
 def _is_segmentation(value: object) -> bool:
     """True for lists of polygons with three points or more, and for what looks like RLE."""
     if isinstance(value, dict):
@@ -991,7 +991,7 @@ def guess_box_format(boxes: Float[Tensor, "n 4"], sizes: Float[Tensor, "n 2"]) -
                 return relative + box_format
     return relative + "xywh"
 
-# %% ../nbs/01_data.ipynb #9e940dfb
+# %% ../nbs/01_data.ipynb #be1f01a5
 def _boxes_and_sizes(
     entries: list[dict], images: dict[int, dict], sizes: dict[int, tuple[int, int]]
 ) -> tuple[Tensor, Tensor]:
@@ -1006,7 +1006,7 @@ def _boxes_and_sizes(
         shapes, dtype=torch.float32
     ).reshape(-1, 2)
 
-# %% ../nbs/01_data.ipynb #40471a62
+# %% ../nbs/01_data.ipynb #77fcd9f6
 def _check_boxes(
     report: Report, entries: list[dict], images: dict[int, dict], sizes: dict[int, tuple[int, int]]
 ) -> None:
@@ -1066,7 +1066,7 @@ def _fits_only(box: list[int | float], size: tuple[int, int], written: tuple) ->
         and bottom <= written[1] + 1
     )
 
-# %% ../nbs/01_data.ipynb #eadccbc3
+# %% ../nbs/01_data.ipynb #a1df41fa
 FORMATS = {
     "xyxy": "x0, y0, x1, y1 in pixels",
     "cxcywh": "centre x, centre y, width, height in pixels",
@@ -1075,7 +1075,7 @@ FORMATS = {
     "relative cxcywh": "centre x, centre y, width, height in 0..1",
 }
 
-# %% ../nbs/01_data.ipynb #2b2ef764
+# %% ../nbs/01_data.ipynb #3b7bf2b6
 def _count(
     report: Report,
     entries: dict,
@@ -1133,7 +1133,7 @@ def _count(
         for low, high in zip(edges, edges[1:])
     }
 
-# %% ../nbs/01_data.ipynb #e67f88d4
+# %% ../nbs/01_data.ipynb #dab16827
 @dataclass(frozen=True)
 class Repair:
     """A mended annotation file and the sentences that say what was changed."""
@@ -1152,7 +1152,7 @@ class Repair:
 
 CHANGES_FILE = "changes.txt"
 
-# %% ../nbs/01_data.ipynb #60e615be
+# %% ../nbs/01_data.ipynb #bf6d7a45
 def _key(id: object) -> str:
     """An id of any JSON type as text, so that 1 and "1" stay apart and lists can be looked up."""
     return f"str {id}" if isinstance(id, str) else f"{type(id).__name__} {_show(id)}"
@@ -1210,7 +1210,7 @@ def _mend_ids(
         mended.append(entry | {"id": new})
     return mended, new_ids
 
-# %% ../nbs/01_data.ipynb #cf1f7af5
+# %% ../nbs/01_data.ipynb #932960d8
 def _mend_images(
     img_folder: str | os.PathLike, entries: list[dict], changes: list[str], progress: bool
 ) -> tuple[dict, dict]:
@@ -1232,7 +1232,7 @@ def _mend_images(
             images[id], sizes[id] = named[id], size
     return images, sizes
 
-# %% ../nbs/01_data.ipynb #a155468d
+# %% ../nbs/01_data.ipynb #a2f17669
 def _look_up(new_ids: dict[str, int], old: object) -> int | None:
     """Find the new id for an old one, or read the old one as a whole number."""
     return new_ids.get(_key(old), _whole(old))
@@ -1282,7 +1282,7 @@ def _mend_names(categories: list[dict], changes: list[str]) -> None:
             entry["name"] = f"class {entry['id']}"
             changes.append(f'category {entry["id"]} is now called "{entry["name"]}"')
 
-# %% ../nbs/01_data.ipynb #e9a5aaee
+# %% ../nbs/01_data.ipynb #01cd615c
 def _mend_boxes(entries: list[dict], images: dict, sizes: dict, changes: list[str]) -> list[dict]:
     """Convert boxes to COCO's format, cut them at the border, drop empty ones; mend sizes."""
     boxes = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float64).reshape(-1, 4)
@@ -1322,7 +1322,7 @@ def _mend_boxes(entries: list[dict], images: dict, sizes: dict, changes: list[st
             kept.append(_mend_extras(new, changes))
     return kept
 
-# %% ../nbs/01_data.ipynb #1108ad0d
+# %% ../nbs/01_data.ipynb #01c04b00
 def _cut_box(entry: dict, size: tuple[int, int], changes: list[str]) -> dict | None:
     """Cut a box at the picture's border; None if nothing is left of it."""
     x, y, w, h = entry["bbox"]
@@ -1358,7 +1358,7 @@ def _mend_extras(entry: dict, changes: list[str]) -> dict:
         changes.append(f"annotation {entry['id']}: area is now that of the box, {entry['area']:g}")
     return entry
 
-# %% ../nbs/01_data.ipynb #8a59dc88
+# %% ../nbs/01_data.ipynb #79bc1919
 def repair(
     img_folder: str | os.PathLike,
     ann_file: str | os.PathLike,

@@ -50,14 +50,14 @@ class MLP(nn.Module):
             x = F.relu(layer(x))
         return last(x)
 
-# %% ../nbs/06_detr.ipynb #808dfd8e
+# %% ../nbs/06_detr.ipynb #b6b657e4
 def _autocast_off(device: torch.device) -> AbstractContextManager:
     """A region without autocast; nothing where it is off, so that no export records one."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
-# %% ../nbs/06_detr.ipynb #6c5e2af7
+# %% ../nbs/06_detr.ipynb #db5fa1a8
 def _refuse_blank_pictures(mask: Bool[Tensor, "B H W"]) -> None:
     """Stops before attention has to take a mean over no tokens at all."""
     if torch.compiler.is_compiling():
@@ -141,7 +141,7 @@ class DETR(nn.Module):
         *earlier, last = [{"pred_logits": c, "pred_boxes": b} for c, b in layers]
         return last | {"aux_outputs": earlier} if self.aux_loss else last
 
-# %% ../nbs/06_detr.ipynb #cf5f9881
+# %% ../nbs/06_detr.ipynb #ea29b93c
 def _refuse_nonfinite_answers(logits: Tensor, boxes: Tensor) -> None:
     """Stops before a NaN is sorted among the scores."""
     if torch.compiler.is_compiling():
@@ -201,7 +201,7 @@ PAPER_MODELS = {
 }
 WEIGHTS_URL = "https://dl.fbaipublicfiles.com/detr/"
 
-# %% ../nbs/06_detr.ipynb #8ccd790a
+# %% ../nbs/06_detr.ipynb #b320bb95
 def published_weights(name: str) -> dict[str, Tensor]:
     """The state dict that the paper's authors published, from torch.hub's folder, where it
     is downloaded to once, and its hash compared with the one in the file's name.
@@ -216,7 +216,7 @@ def published_weights(name: str) -> dict[str, Tensor]:
     url = WEIGHTS_URL + PAPER_MODELS[name][-1]
     return fetch_tensors(url, "the published weights")["model"]
 
-# %% ../nbs/06_detr.ipynb #6fd498fc
+# %% ../nbs/06_detr.ipynb #fcb1fe9d
 def _paper_model(
     name: str,
     pretrained: bool,
@@ -281,7 +281,7 @@ def detr_resnet50(
     asked = (pretrained, num_classes, return_postprocessor)
     return _paper_model("detr_resnet50", *asked, **options)
 
-# %% ../nbs/06_detr.ipynb #b0c56c27
+# %% ../nbs/06_detr.ipynb #b71724ba
 def detr_resnet50_dc5(
     pretrained: bool = False,
     num_classes: int = 91,

@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['Number', 'Picture', 'INK', 'PALETTE', 'ACCENT', 'QUIET', 'SIGHT', 'WIDTH', 'PIXELS_PER_POINT', 'STYLE', 'styled',
-           'SUBSCRIPTS', 'STACKED', 'COLORS', 'Named', 'MAP', 'Numbers', 'PARTS', 'ROWS', 'LEVELS', 'BUS', 'Mark',
-           'EMBLEMS', 'linear', 'luminance', 'contrast', 'seen', 'subplots', 'Numbering', 'chapter', 'Shown', 'show',
-           'letters_of', 'Solid', 'Layer', 'flow', 'pixels', 'picture', 'boxes', 'draw_boxes', 'layers', 'batch',
-           'maps', 'overlay', 'matrix', 'ledger', 'curves', 'bars', 'histogram', 'detr_map']
+           'SUBSCRIPTS', 'STACKED', 'COLORS', 'Named', 'Side', 'MAP', 'Numbers', 'PARTS', 'ROWS', 'LEVELS', 'BUS',
+           'Mark', 'EMBLEMS', 'linear', 'luminance', 'contrast', 'seen', 'subplots', 'Numbering', 'chapter', 'Shown',
+           'show', 'letters_of', 'Solid', 'Layer', 'flow', 'pixels', 'picture', 'boxes', 'draw_boxes', 'layers',
+           'batch', 'sequence', 'maps', 'overlay', 'matrix', 'ledger', 'curves', 'bars', 'histogram', 'detr_map']
 
 # %% ../nbs/figures.ipynb #43b4a0ca
 """Figures of the book, drawn from real tensors: a number that a figure prints was read from one."""
@@ -364,7 +364,7 @@ def _compress(image: ElementTree.Element) -> None:
     image.set("href", f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}")
     image.set("preserveAspectRatio", "none")
 
-# %% ../nbs/figures.ipynb #2a0f9169
+# %% ../nbs/figures.ipynb #51921d84
 #: The digits of a letter such as "H0" are set as subscripts.
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
@@ -377,7 +377,8 @@ def letters_of(
     Args:
         name: what the figure calls the tensor.
         tensor: where the sizes come from.
-        letters: a word for each axis: a letter ("B", "H0"), a sum ("K+1") or a number ("4").
+        letters: a word for each axis: a letter ("B", "H0"), a sum ("K+1"), a share ("d/M", of
+            letters that the figure knows) or a number ("4").
         known: sizes of the letters seen so far in this figure; new ones are added.
 
     Returns:
@@ -393,8 +394,9 @@ def letters_of(
             " give one letter for each axis."
         )
     for axis, (word, size) in enumerate(zip(words, sizes)):
-        letter, _, added = word.partition("+")
-        value = size - int(added or 0)
+        letter, _, parts = word.partition("/")
+        letter, _, added = letter.partition("+")
+        value = size * known.get(parts, 1) - int(added or 0)
         if letter.isdigit():
             if int(letter) != size:
                 raise ValueError(
@@ -418,18 +420,21 @@ def _one_each(things: str, n: int, given: str, values: Sequence | Tensor | None)
     if values is not None and len(values) != n:
         raise ValueError(f"There are {n} {things} but {len(values)} {given}: give one for each.")
 
-# %% ../nbs/figures.ipynb #c85f7332
+# %% ../nbs/figures.ipynb #b0bbd309
 #: Axes that repeat a thing: they become copies, one behind the other.
 STACKED = ("B", "L", "M")
 #: The first of these letters that a tensor has decides its colour.
 COLORS = {
     "N": PALETTE["pink"],
     "d": PALETTE["green"],
+    "d/M": PALETTE["green"],
     "C": PALETTE["blue"],
     "3": PALETTE["gold"],
 }
 #: A tensor to draw: its name, itself, and a letter for each axis.
 Named = tuple[str, Shaped[Tensor, "..."], str]
+#: What else comes into a layer: a tensor from the side, or the name of one further up.
+Side = Named | str
 
 
 @dataclass(frozen=True)
@@ -457,15 +462,16 @@ class Solid:
 
 @dataclass(frozen=True)
 class Layer:
-    """An arrow of a flow: its label, and the tensors that come in from the side."""
+    """An arrow of a flow: its label, and what comes in besides: tensors, names of earlier ones."""
 
     label: str
     inputs: list[Solid]
+    earlier: list[str]
 
-# %% ../nbs/figures.ipynb #817847c0
+# %% ../nbs/figures.ipynb #7d47ad43
 @styled
 def flow(
-    steps: Sequence[str | Named | tuple[str, Named] | tuple[str, Named, Named]],
+    steps: Sequence[str | Named | tuple[str, Side] | tuple[str, Side, Side]],
     across: bool | None = None,
 ) -> Figure:
     """Draw tensors as solids with letters and true sizes, and layers as arrows between them.
@@ -473,16 +479,19 @@ def flow(
     Args:
         steps: in order, `("features", f, "B C H W")` for a tensor, `"ResNet-50"` for a layer, and
             `("add", ("positions", p, "B S d"))` for a layer that also takes one or two tensors
-            from the side.
+            from the side, and `("add", "tokens")` for one that takes a tensor of the flow again:
+            a residual connection.
         across: from left to right, not from top to bottom; by default when there is room.
 
     Raises:
-        ValueError: if a tensor's letters are not true; see `letters_of`.
+        ValueError: if a tensor's letters are not true (see `letters_of`), or a layer takes a
+            tensor again that is not further up.
     """
     known: dict[str, int] = {}
     items = [_item(step, known) for step in steps]
+    _check_earlier(items)
     widths = [_item_width(item) for item in items]
-    sided = any(isinstance(item, Layer) and item.inputs for item in items)
+    sided = any(isinstance(item, Layer) and (item.inputs or item.earlier) for item in items)
     if across is None:
         across = sum(widths) <= 72 * WIDTH
     return _flow_across(items, widths) if across and not sided else _flow_down(items)
@@ -491,13 +500,29 @@ def flow(
 def _item(step: str | tuple, known: dict[str, int]) -> Solid | Layer:
     """Read one step of a flow and check its letters."""
     if isinstance(step, str):
-        return Layer(step, [])
+        return Layer(step, [], [])
     if isinstance(step[1], Tensor):
         name, tensor, letters = step
         return Solid(name, letters.split(), letters_of(name, tensor, letters, known))
-    return Layer(step[0], [_item(side, known) for side in step[1:]])
+    inputs = [_item(side, known) for side in step[1:] if not isinstance(side, str)]
+    return Layer(step[0], inputs, [side for side in step[1:] if isinstance(side, str)])
 
-# %% ../nbs/figures.ipynb #e6825325
+
+def _check_earlier(items: Sequence[Solid | Layer]) -> None:
+    """Refuse a residual connection that comes from nowhere."""
+    passed: list[str] = []
+    for item in items:
+        if isinstance(item, Solid):
+            passed.append(item.name)
+            continue
+        for name in item.earlier:
+            if name not in passed:
+                raise ValueError(
+                    f"{item.label!r} takes {name!r} again, but further up there is only"
+                    f" {', '.join(passed) or 'nothing'}: name one of these."
+                )
+
+# %% ../nbs/figures.ipynb #93177f39
 def _item_width(item: Solid | Layer) -> Number:
     """Room in points for an item of a flow from left to right."""
     if isinstance(item, Layer):
@@ -528,7 +553,7 @@ def _flow_across(items: Sequence[Solid | Layer], widths: Sequence[Number]) -> Fi
         x += width
     return fig
 
-
+# %% ../nbs/figures.ipynb #5eca66f9
 def _flow_down(items: Sequence[Solid | Layer]) -> Figure:
     """A flow from top to bottom: solids on the left, names and sizes on the right."""
     heights = [
@@ -537,10 +562,15 @@ def _flow_down(items: Sequence[Solid | Layer]) -> Figure:
     ]
     fig, ax = _canvas(330, sum(heights))
     y = sum(heights)
+    level: dict[str, Number] = {}
     for item, height in zip(items, heights):
         if isinstance(item, Solid):
+            level[item.name] = y - height / 2
             _labelled(ax, 60, y - height / 2, item, gap=78, pitch=44)
         else:
+            for name in item.earlier:  # a line around whatever lies between
+                ax.plot([24, 6, 6], [level[name], level[name], y - 13], "-", color=INK, lw=1)
+                _arrow(ax, (6, y - 13), (58, y - 13))
             _arrow(ax, (60, y - 1), (60, y - height + 1))
             ax.text(72, y - 13, item.label, va="center")
             below = y - 26
@@ -838,6 +868,68 @@ def _padding(ax: Axes, x: Number, y: Number, width: Number, height: Number) -> N
     if min(width / ax.get_xlim()[1], height / ax.get_ylim()[0]) > 0.12:
         words = {"ha": "center", "va": "center", "rotation": 90 if height > width else 0}
         ax.text(x + width / 2, y + height / 2, "padding", color="#111111", **words)
+
+# %% ../nbs/figures.ipynb #c71f29a6
+@styled
+def sequence(
+    image: Float[Tensor, "3 H0 W0"], mask: Bool[Tensor, "H W"], row: int, stride: int = 32
+) -> Figure:
+    """Draw how the cells of a feature map become a sequence of tokens, one row after the other.
+
+    Args:
+        image: a normalised picture of a padded batch.
+        mask: the batch's mask at the size of the feature map: True on padding.
+        row: the row of cells that is followed into the sequence.
+        stride: pixels of the picture for each cell.
+    """
+    rows, columns = mask.shape
+    tokens = _cell_colors(image, mask, stride)
+    fig, ax = _canvas(404, 330)
+    high = 230 * rows / columns  # the map is 230 points wide
+    low = 322 - high
+    ax.imshow(tokens, extent=(0, 230, low, 322), aspect="auto", interpolation="none")
+    top = 322 - row * high / rows
+    one, whole = tokens[row : row + 1], tokens.reshape(1, -1, 4)
+    ax.imshow(one, extent=(0, 404, 66, 84), aspect="auto", interpolation="none")
+    ax.imshow(whole, extent=(0, 404, 16, 34), aspect="auto", interpolation="none")
+    start, end = (404 * (row + i) / rows for i in (0, 1))
+    for edge, below in ((0, 0), (230, 404)):  # from the row of the map down to its tokens
+        ax.plot([edge, below], [top - high / rows, 84], "-", color=ACCENT, lw=0.8)
+    for edge, below in ((0, start), (404, end)):  # and from these to their place in the sequence
+        ax.plot([edge, below], [66, 34], "-", color=ACCENT, lw=0.8)
+    for x, y, w, h in ((0, top, 230, -high / rows), (0, 66, 404, 18), (start, 16, end - start, 18)):
+        ax.add_patch(Rectangle((x, y), w, h, fill=False, ec=ACCENT, lw=1.6))
+    _sequence_words(ax, rows, columns, row, low)
+    ax.set(xlim=(-3, 407), ylim=(0, 330))
+    return fig
+
+# %% ../nbs/figures.ipynb #4163aeef
+def _cell_colors(
+    image: Float[Tensor, "3 H0 W0"], mask: Bool[Tensor, "H W"], stride: int
+) -> np.ndarray:
+    """The mean colour of the pixels under each cell as red, green, blue, opacity; padding grey."""
+    plain = torch.from_numpy(pixels(image)).permute(2, 0, 1)[None] / 255
+    colors = torch.nn.functional.avg_pool2d(plain, stride, ceil_mode=True)[0].permute(1, 2, 0)
+    if colors.shape[:2] != mask.shape:
+        raise ValueError(
+            f"Cells of {stride} pixels make a map of {list(colors.shape[:2])}, but the mask has"
+            f" {list(mask.shape)}: give the stride of the map."
+        )
+    cells = torch.cat([colors, torch.ones(*mask.shape, 1)], dim=-1)
+    cells[mask] = torch.tensor([0.5, 0.5, 0.5, 0.35])
+    return cells.numpy()
+
+
+def _sequence_words(ax: Axes, rows: int, columns: int, row: int, low: Number) -> None:
+    """Name the sizes of the map, the tokens of the row and the length of the sequence."""
+    first, last, end = row * columns, (row + 1) * columns - 1, rows * columns
+    sizes = f"H = {rows} rows,\nW = {columns} columns"
+    total = f"S = H·W\n   = {rows}·{columns}\n   = {end} tokens"
+    ax.text(244, 316, f"{sizes}\n\n{total}", va="top", linespacing=1.35)
+    ax.text(244, low + 8, "grey cells are padding", va="bottom", color=QUIET)
+    ax.text(202, 90, f"row {row}: tokens {first} to {last}", ha="center", va="bottom", color=ACCENT)
+    ax.text(0, 12, "token 0", va="top")
+    ax.text(404, 12, f"token {end - 1}", ha="right", va="top")
 
 # %% ../nbs/figures.ipynb #c2c88a69
 #: Dark to light in every kind of sight.

@@ -92,7 +92,7 @@ def load_detector(path: str | os.PathLike, device: str | torch.device = "cpu") -
     """
     return Detector.of(*load_model(weights_file(path)), device)
 
-# %% ../nbs/11_inference.ipynb #07ad0ba7
+# %% ../nbs/11_inference.ipynb #4ef175b1
 def weights_file(path: str | os.PathLike) -> Path:
     """The `.safetensors` file behind what `load_detector` takes; raises as it does."""
     if str(path) in SHIPPED:
@@ -148,7 +148,7 @@ class Detections:
             for label, bbox, score in zip(self.labels.tolist(), bboxes, self.scores.tolist())
         ]
 
-# %% ../nbs/11_inference.ipynb #0b0e974c
+# %% ../nbs/11_inference.ipynb #612f734b
 def _as_shown(image: str | os.PathLike | Image.Image) -> Image.Image:
     """The picture as a viewer shows it: upright, RGB."""
     if isinstance(image, Image.Image):
@@ -286,7 +286,7 @@ def predict_folder(
     journal.write_results()
     return report
 
-# %% ../nbs/11_inference.ipynb #52b2d464
+# %% ../nbs/11_inference.ipynb #76cf009e
 SUFFIXES = frozenset(Image.registered_extensions())
 
 
@@ -321,7 +321,7 @@ def _pictures_in(folder: Path, out: Path) -> dict[str, Path]:
         raise FileNotFoundError(f"{folder} holds no picture of a format that PIL reads.")
     return {path.relative_to(folder).as_posix(): path for path in sorted(files)}
 
-# %% ../nbs/11_inference.ipynb #d34c2ee1
+# %% ../nbs/11_inference.ipynb #b829b179
 class _Journal:
     """One line per picture, written as soon as its answer is known: what makes a run resumable."""
 
@@ -368,7 +368,7 @@ class _Journal:
         ]
         write_atomically(self.out / "predictions.json", json.dumps(rows).encode())
 
-# %% ../nbs/11_inference.ipynb #8c12a3b6
+# %% ../nbs/11_inference.ipynb #a10b99d7
 def _fingerprint(model: nn.Module) -> str:
     """Tells two sets of weights apart."""
     digest = hashlib.sha256()
@@ -377,7 +377,7 @@ def _fingerprint(model: nn.Module) -> str:
         digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/11_inference.ipynb #48bdf301
+# %% ../nbs/11_inference.ipynb #9ab40f32
 def _readable(
     pictures: Mapping[str, Path],
     detector: Detector,
@@ -404,7 +404,7 @@ def _readable(
         else:  # answered, but killed before it was drawn
             _draw_entry(entry, picture, detector, journal.out)
 
-# %% ../nbs/11_inference.ipynb #36688d8a
+# %% ../nbs/11_inference.ipynb #d3cfcd3a
 def _answer(
     detector: Detector,
     batch: list[tuple[str, Image.Image]],
@@ -421,7 +421,7 @@ def _answer(
         journal.add(entry | {"detections": detections.rows(image_id)})
         yield journal.entries[name], picture
 
-# %% ../nbs/11_inference.ipynb #5635afb2
+# %% ../nbs/11_inference.ipynb #99f432b4
 def _drawn_path(out: Path, name: str) -> Path:
     """Where a drawn picture goes: under its own name, if browsers show that format."""
     shown = Path(name).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")

@@ -272,7 +272,7 @@ class SetCriterion(nn.Module):
         """The number to call `backward` on: the losses of `forward`, weighted and added."""
         return weighted_sum(losses, self.weight_dict)
 
-# %% ../nbs/08_loss.ipynb #9456fc94
+# %% ../nbs/08_loss.ipynb #85823198
 def weighted_sum(
     losses: dict[str, Float[Tensor, ""]], weight_dict: dict[str, int | float]
 ) -> Float[Tensor, ""]:

@@ -44,13 +44,13 @@ def matching_cost(
     overlap = generalized_box_iou(*corners)
     return cost_bbox * distance - cost_class * probability[:, labels] - cost_giou * overlap
 
-# %% ../nbs/07_matcher.ipynb #32cd485f
+# %% ../nbs/07_matcher.ipynb #903aa3f6
 def picture_name(position: int, target: dict[str, Any]) -> str:
     """What messages call a picture: its place in the batch, and its `image_id` if known."""
     name = f"picture {position} of the batch"
     return f"{name} (image_id {int(target['image_id'])})" if "image_id" in target else name
 
-# %% ../nbs/07_matcher.ipynb #27d4f15e
+# %% ../nbs/07_matcher.ipynb #9f1f783e
 def _check_shapes(logits: Tensor, boxes: Tensor, targets: Sequence[dict[str, Any]]) -> None:
     """Everything that is known without looking at values."""
     if logits.ndim != 3 or boxes.shape != (*logits.shape[:2], 4):
@@ -71,7 +71,7 @@ def _check_shapes(logits: Tensor, boxes: Tensor, targets: Sequence[dict[str, Any
             raise ValueError(f"{name} has no {' and no '.join(missing)}: give both.")
         _check_target(name, target["labels"], target["boxes"], logits)
 
-# %% ../nbs/07_matcher.ipynb #b3e7070a
+# %% ../nbs/07_matcher.ipynb #c9ee3748
 def _check_target(name: str, labels: Tensor, boxes: Tensor, logits: Tensor) -> None:
     """Dtypes, shapes, number and device of one picture's labels and boxes."""
     N, n = logits.shape[1], len(labels)
@@ -98,7 +98,7 @@ def _check_target(name: str, labels: Tensor, boxes: Tensor, logits: Tensor) -> N
             "move it there first."
         )
 
-# %% ../nbs/07_matcher.ipynb #96f7d252
+# %% ../nbs/07_matcher.ipynb #9ae2404a
 SLACK = 1e-4  # how far rounding may carry a box over the edge, in sizes of the picture
 
 
@@ -122,7 +122,7 @@ def _box_cure(box: Float[Tensor, "4"]) -> str:
         "boxes are (cx, cy, w, h) in 0..1."
     )
 
-# %% ../nbs/07_matcher.ipynb #185c3fa9
+# %% ../nbs/07_matcher.ipynb #38b120c7
 def _diagnosis(
     sick: Bool[Tensor, " flags"], targets: Sequence[dict[str, Any]], num_classes: int
 ) -> str:
@@ -148,7 +148,7 @@ def _diagnosis(
         "for a learning rate that is too high, or half precision where float32 is needed."
     )
 
-# %% ../nbs/07_matcher.ipynb #5d50913e
+# %% ../nbs/07_matcher.ipynb #be823189
 def _sick_values(
     layers: Sequence[dict[str, Any]], targets: Sequence[dict[str, Any]]
 ) -> Bool[Tensor, " flags"]:

@@ -67,7 +67,7 @@ class NestedTensor:
         padding = "" if self.mask.is_meta else f", {self.mask.float().mean():.0%} padding"
         return f"NestedTensor({shape}, {dtype}, {device}{padding})"
 
-# %% ../nbs/02_nested_tensor.ipynb #98da6dd2
+# %% ../nbs/02_nested_tensor.ipynb #851b95c5
 def _check_pictures(tensor_list: list[Tensor]) -> None:
     """Stop with a sentence that names the first picture that cannot be in a batch."""
     if isinstance(tensor_list, Tensor) or not all(

@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['KEYS_OF_TRANSFORMERS', 'to_hugging_face', 'from_hugging_face', 'save_for_transformers', 'LoadReport', 'Pretrained',
-           'load', 'from_pretrained', 'pretrained_detector', 'save_pretrained', 'push_to_hub']
+           'load', 'from_pretrained', 'pretrained_detector', 'finetune', 'save_pretrained', 'push_to_hub']
 
-# %% ../nbs/12_pretrained.ipynb #ce3c7217
+# %% ../nbs/12_pretrained.ipynb #b5139c02
 import argparse
 import json
 import re
@@ -24,7 +24,15 @@ from .backbone import load_tensors
 from .detr import DETR, PAPER_MODELS, published_weights
 from .inference import SHIPPED, Detector, weights_file
 from .scenes import IMAGENET_MEAN, IMAGENET_STD, write_atomically
-from .training import ModelSpec, read_model, save_model
+from annotated_detr.training import (
+    FinetuneConfig,
+    ModelSpec,
+    Trainer,
+    open_datasets,
+    read_model,
+    save_model,
+    start,
+)
 
 # %% ../nbs/12_pretrained.ipynb #ab968c75
 #: Our names of tensors, and those in a file of transformers' `DetrForObjectDetection`.
@@ -704,6 +712,35 @@ def pretrained_detector(
 ) -> Detector:
     """`load`, ready for `predict`: with its class names and the size of its pictures."""
     return Detector.of(*from_pretrained(source, **options), device)
+
+# %% ../nbs/12_pretrained.ipynb #8b64c6a4
+def finetune(config: FinetuneConfig, path: str | Path) -> Trainer:
+    """Opens a training run that starts from weights which have learned already; the class
+    head is made for the classes of the pictures. `annotated_detr.training.fit` trains it.
+
+    Args:
+        config: a recipe such as `FINETUNE_RECIPES["detr_resnet50"]`, with your pictures.
+        path: new folder for the run.
+
+    Raises:
+        FileExistsError: if the folder holds anything.
+        FileNotFoundError: if the weights are neither here nor reachable.
+        ValueError: if pictures or weights would not do.
+    """
+    pictures, _ = open_datasets(config)
+    source = config.weights or ("tiny-scenes" if config.model == "tiny" else config.model)
+    torch.manual_seed(config.seed)  # for the parts that start afresh
+    options = config.model_options | {"aux_loss": True}
+    loaded = load(
+        source, None, config.num_queries, class_names=pictures.class_names, **options
+    )
+    if loaded.spec.model != config.model:
+        raise ValueError(
+            f"{source} is a {loaded.spec.model}: fine-tune it with that recipe, not with the "
+            f"one for {config.model}"
+        )
+    config = replace(config, model_options=loaded.spec.model_options)
+    return start(config, path, loaded.model)
 
 # %% ../nbs/12_pretrained.ipynb #0ac50055
 _MARK = "<!-- written by annotated_detr.save_pretrained -->"

@@ -688,7 +688,7 @@ def progress_bar(steps: Iterable | None = None, shown: bool = True, **options: A
     """
     return tqdm(steps, **options) if shown else tqdm(steps, disable=True, **options)
 
-# %% ../nbs/scenes.ipynb #28446e8a
+# %% ../nbs/scenes.ipynb #0242441b
 def write_atomically(
     path: str | Path, content: bytes, draft: Path | None = None, flush: bool = True
 ) -> None:
@@ -703,12 +703,16 @@ def write_atomically(
     """
     path = Path(path)
     draft = path.with_name(f".{path.name}.part") if draft is None else draft
-    with open(draft, "wb") as file:
-        file.write(content)
-        if flush:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(draft, path)
+    try:
+        with open(draft, "wb") as file:
+            file.write(content)
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:  # a full disk should not stay full of half a file
+        draft.unlink(missing_ok=True)
+        raise
 
 # %% ../nbs/scenes.ipynb #ad8bf105
 _CHUNK = 250  # pictures between two points at which drawing can be taken up again

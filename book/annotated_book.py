@@ -6,33 +6,27 @@ Reading a notebook (`read_notebook`, the reader that `_config.yml` cannot name b
 - the first code cell gets a digest of everything the notebook imports from the package, so that jupyter-cache re-runs a
   chapter exactly when its cells, or the code and data that they import, have changed.
 
-Writing pages: MathJax comes from the output's own `_static/vendor`, and nothing is fetched from another host.
+Writing pages: tables and signatures as they are read here; what stands around the text is page_shell's.
 """
 
 import ast
 import hashlib
-import html
-import importlib.metadata
 import inspect
 import os
 import re
-import shutil
 import sys
 import textwrap
 import time
 from pathlib import Path
 
 import nbformat
-from docutils import nodes
-from sphinx.util import logging
-
 import around
+import page_shell
+from docutils import nodes
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "annotated_detr"
-MATHJAX = "vendor/mathjax/tex-svg.js"
 CALL_OUTS = {"NOTE": "note", "TIP": "tip", "IMPORTANT": "important", "WARNING": "warning", "CAUTION": "caution"}
-logger = logging.getLogger(__name__)
 
 # --- reading notebooks ------------------------------------------------------------------------------------------------
 
@@ -220,7 +214,7 @@ def digest_of_imports(source: str) -> str:
 def use_our_reader(app, config):
     """Notebooks are read by `read_notebook`; the mathematics is drawn by the MathJax that lies beside the pages."""
     config.nb_custom_formats = {**config.nb_custom_formats, ".ipynb": ("annotated_book.read_notebook", {}, False)}
-    config.mathjax_path = MATHJAX
+    config.mathjax_path = page_shell.MATHJAX
 
 
 def start_clock(app, docname, source):
@@ -240,30 +234,6 @@ def keep_slugs(app, doctree):
             section["ids"].append(section["slug"])
 
 
-def copy_vendored(app):
-    """Put MathJax (Apache 2.0) into the output, where every page finds it without a network."""
-    files = importlib.metadata.distribution("sphinx-mathjax-offline").locate_file("sphinx-mathjax-offline/static/mathjax")
-    target = Path(app.outdir) / "_static" / MATHJAX
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(Path(str(files)) / target.name, target)
-
-
-def drop_thebe(app, pagename, templatename, context, doctree):
-    """Take away the live-code scripts of the default set-up: they name another host and are not used."""
-    def wanted(script) -> bool:
-        return "thebe" not in str(getattr(script, "filename", "")) and "thebe" not in str(script.attributes.get("body", ""))
-
-    context["script_files"] = [script for script in context["script_files"] if wanted(script)]
-
-
-def describe(app, pagename, templatename, context, doctree):
-    """The page's first paragraph as its description, for search engines and link previews."""
-    paragraph = next((node for node in doctree.findall(nodes.paragraph)), None) if doctree else None
-    if paragraph is not None:
-        text = html.escape(" ".join(paragraph.astext().split())[:300])
-        context["metatags"] = context.get("metatags", "") + f'<meta name="description" content="{text}" />'
-
-
 def dress_tables(app, doctree, docname):
     """A wide table scrolls inside itself, never the page; a head without words goes; the table that opens a chapter is a card."""
     if app.builder.format != "html":
@@ -279,22 +249,6 @@ def dress_tables(app, doctree, docname):
         box = nodes.container(classes=["table-scroll", "card-table"] if card else ["table-scroll"])
         table.replace_self(box)
         box += table
-
-
-def slim_output(app, exception):
-    """Remove what the theme ships twice: the icons come from its fonts, not from its 1.4 MB of JavaScript."""
-    if exception or app.builder.format != "html":
-        return
-    out = Path(app.outdir)
-    for pattern in ("scripts/fontawesome.js*", "sphinx-thebe.*", "scripts/*.map", "styles/*.map"):
-        for path in (out / "_static").glob(pattern):
-            path.unlink()
-    for page in out.rglob("*.html"):
-        text = page.read_text(encoding="utf8")
-        slim = re.sub(r'\s*<(?:script|link)\b[^>]*fontawesome\.js[^>]*>(?:\s*</script>)?', "", text)
-        slim = re.sub(r'\s*<(?:link|script)\b[^>]*thebe[^>]*>(?:[^<]*</script>)?', "", slim)
-        if slim != text:
-            page.write_text(slim, encoding="utf8")
 
 
 def source_signature(app, what, name, obj, options, signature, return_annotation):
@@ -315,15 +269,12 @@ def source_signature(app, what, name, obj, options, signature, return_annotation
 
 def setup(app):
     app.connect("config-inited", use_our_reader, priority=900)
-    app.connect("builder-inited", copy_vendored)
     app.connect("source-read", start_clock)
     app.connect("source-read", around.fill_ledger)
     app.connect("doctree-read", keep_slugs)
     app.connect("doctree-read", say_progress)
     app.connect("doctree-resolved", dress_tables)
-    app.connect("html-page-context", drop_thebe, priority=900)
-    app.connect("html-page-context", describe)
-    app.connect("build-finished", slim_output, priority=900)
+    page_shell.setup(app)
     app.setup_extension("sphinx.ext.autodoc")
     app.connect("autodoc-process-signature", source_signature)
     app.connect("autodoc-process-docstring", around.add_teaching, priority=900)

@@ -132,7 +132,8 @@ def add_teaching(app, what, name, obj, options, lines):
     section = taught().get(name)
     if section:
         first = next((i for i, line in enumerate(lines) if not line.strip()), len(lines))
-        where = title(section.path) if section.level == 1 else f"{title(section.path)}: {section.title}"
+        chapter = title(section.path)
+        where = chapter if section.title == chapter else f"{chapter}: {section.title}"
         lines[first:first] = ["", f"Taught in `{where} <{section.link('../../nbs/', '.html')}>`__."]
 
 

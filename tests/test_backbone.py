@@ -1,5 +1,6 @@
 """Chapter 03: the backbone equals the reference and torchvision's own ResNet, and freezes what it says it freezes."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
-from annotated_detr.backbone import Backbone, BackboneBase, FrozenBatchNorm2d, TinyBackbone, has_random_frozen_layers
+from annotated_detr.backbone import Backbone, BackboneBase, FoldedConv2d, FrozenBatchNorm2d, TinyBackbone, fold_frozen_norms, has_random_frozen_layers
 from annotated_detr.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -216,3 +217,33 @@ def test_every_parameter_of_tiny_backbone_trains():
     backbone(nested_tensor_from_tensor_list([torch.randn(3, 32, 32)] * 2))["0"].tensors.square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in backbone.parameters())
     assert backbone.stem[1].num_batches_tracked == 1, "its norms learn their statistics"
+
+
+@pytest.mark.parametrize("dilation, network", [(False, "resnet18"), (True, "resnet50")])
+def test_folded_norms_change_neither_features_nor_gradients_nor_names(recipe, network, dilation):
+    plain = Backbone(network, True, False, dilation)
+    recipe.fill(named_as_in_detr(plain))
+    folded = copy.deepcopy(plain)
+    fold_frozen_norms(folded)
+    fold_frozen_norms(folded)  # once more changes nothing
+    assert folded.state_dict().keys() == plain.state_dict().keys()
+    assert all(norm.folded for norm in folded.modules() if isinstance(norm, FrozenBatchNorm2d))
+    batch = nested_tensor_from_tensor_list(recipe.images("image", [(64, 96), (96, 64)]))
+    gradients, features = [], []
+    for backbone in (plain, folded):
+        features.append(backbone(batch)["0"].tensors)
+        features[-1].square().sum().backward()
+        gradients.append({name: p.grad for name, p in backbone.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(*features, rtol=1e-4, atol=1e-5 * float(features[0].detach().abs().max()))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+
+
+def test_a_copy_of_a_folded_backbone_follows_its_own_norms_and_half_precision_works():
+    folded = Backbone("resnet18", True, False, False)
+    fold_frozen_norms(folded)
+    again = copy.deepcopy(folded).bfloat16()
+    convolutions = [layer for layer in again.modules() if isinstance(layer, FoldedConv2d)]
+    assert len(convolutions) == 20 and all(layer.norm[0] in list(again.modules()) for layer in convolutions)
+    assert all(layer.norm[0].running_mean.dtype == torch.bfloat16 for layer in convolutions)
+    assert again(NestedTensor(torch.rand(1, 3, 32, 32).bfloat16(), torch.zeros(1, 32, 32).bool()))["0"].tensors.dtype == torch.bfloat16

@@ -44,7 +44,7 @@ def sentence(capsys, *arguments: str) -> str:
     return message
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["resume"], ["eval"], ["predict"], ["check"], ["scenes"], ["download"], ["convert-voc"], ["overfit"], ["plot"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["finetune"], ["resume"], ["eval"], ["predict"], ["check"], ["scenes"], ["download"], ["convert-voc"], ["overfit"], ["plot"]])
 def test_help_ends_well(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])

@@ -87,6 +87,7 @@ def every_figure(photograph):
         "bars": figures.bars({"cat": 0.5, "dog": torch.tensor(0.25)}, "AP"),
         "histogram": figures.histogram(torch.randn(500), "offset"),
         "layers": figures.layers(photograph, [some + 0.01 * i for i in range(6)]),
+        "sequence": figures.sequence(tensors[0], mask[0, ::32, ::32], row=1),
     }
 
 
@@ -227,6 +228,35 @@ def test_the_printed_sizes_are_the_tensors(across):
 def test_tensors_from_the_side_are_printed_too():
     printed = texts(figures.flow([("a", torch.zeros(5), "S"), ("add", ("side", torch.zeros(5, 17), "S d")), ("b", torch.zeros(5, 17), "S d")]))
     assert printed.count("17") == 2 and printed.count("5") == 3 and "side" in printed
+
+
+def test_a_residual_connection_goes_around_what_lies_between():
+    x = torch.rand(2, 696, 256)
+    steps = [("tokens", x, "B S d"), "attention", ("answers", x, "B S d"), ("add", "tokens"), ("sum", x, "B S d")]
+    plain = figures.flow([*steps[:3], "add", steps[-1]], across=False)
+    assert len(figures.flow(steps).axes[0].lines) == len(plain.axes[0].lines) + 1
+    with pytest.raises(ValueError, match="takes 'sum' again, but further up there is only tokens, answers"):
+        figures.flow([*steps[:3], ("add", "sum"), steps[-1]])
+
+
+def test_a_share_of_channels_is_checked_like_any_letter():
+    tokens, heads = torch.rand(2, 696, 256), torch.rand(2, 8, 696, 32)
+    known = {}
+    figures.letters_of("tokens", tokens, "B S d", known)
+    assert figures.letters_of("queries", heads, "B M S d/M", known)[-1] == ("d/M", 32)
+    with pytest.raises(ValueError, match="d is 256 earlier"):
+        figures.letters_of("queries", heads[..., :16], "B M S d/M", known)
+
+
+def test_a_sequence_follows_a_row_and_greys_the_padding():
+    tensors, mask = padded_batch()
+    cells = mask[0, ::32, ::32]
+    fig = figures.sequence(tensors[0], cells, row=1)
+    assert "row 1: tokens 3 to 5" in texts(fig) and "token 8" in texts(fig)
+    grey = (fig.axes[0].images[-1].get_array()[0, :, 3] < 1).nonzero()[0]
+    assert grey.tolist() == cells.flatten().nonzero().flatten().tolist() != []
+    with pytest.raises(ValueError, match="give the stride of the map"):
+        figures.sequence(tensors[0], cells, row=1, stride=16)
 
 
 def test_the_batch_figure_prints_true_sizes_and_hatches_the_padding():

@@ -355,6 +355,77 @@ def test_the_check_of_the_pages_bites(tmp_path):
     assert "which is not there" in problems("<img src='gone.png' alt='x'>")
 
 
+def test_a_page_is_mended_and_summed_up():
+    pytest.importorskip("sphinx")
+    import page_shell
+
+    wrong = '<script src="x/fontawesome.js"></script><body data-default-mode=""><summary aria-label="Toggle hidden content">Solution'
+    assert page_shell.mend(wrong) == '<body data-default-mode="auto"><summary>Solution'
+    assert page_shell.summary("One sentence.  Two.") == "One sentence. Two."
+    first = "A first sentence that is long enough to be told alone, since it is more than a third of what there is room for."
+    assert page_shell.summary(f"{first} {'word ' * 60}") == first
+    long = page_shell.summary("word, " * 100)
+    assert len(long) <= 204 and long.endswith("word …")
+
+
+def test_the_site_has_a_first_page_a_map_and_a_page_for_lost_addresses(tmp_path):
+    pytest.importorskip("sphinx")
+    import check_book
+    import page_shell
+
+    for name in ("nbs/index.html", "book/pages/api.html", "search.html", "_static/favicon.svg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("<html><body><h1>Page</h1></body></html>", encoding="utf8")
+    page_shell.finish_folder(tmp_path)
+    assert check_book.check(tmp_path, ROOT) == []
+    site = page_shell.settings()["site"]
+    assert site == "https://{}.github.io/{}".format(*repository().split("/"))
+    assert f"<loc>{site}/nbs/index.html</loc>" in (tmp_path / "sitemap.xml").read_text(encoding="utf8")
+    assert f'<base href="{site}/">' in (tmp_path / "404.html").read_text(encoding="utf8")
+
+
+def test_the_book_is_served_compressed_and_lost_addresses_find_help(tmp_path):
+    pytest.importorskip("sphinx")
+    import gzip
+    import threading
+    import urllib.error
+    import urllib.request
+
+    import page_shell
+    import serve
+
+    (tmp_path / "index.html").write_text("<h1>Here</h1>", encoding="utf8")
+    (tmp_path / "404.html").write_text(page_shell.missing_page(page_shell.settings()), encoding="utf8")
+    with serve.server(tmp_path, 0) as book:
+        threading.Thread(target=book.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{book.server_port}"
+        with urllib.request.urlopen(urllib.request.Request(address + "/", headers={"Accept-Encoding": "gzip"})) as answer:
+            assert gzip.decompress(answer.read()) == b"<h1>Here</h1>" and answer.headers["Content-Type"] == "text/html"
+        with pytest.raises(urllib.error.HTTPError) as lost:
+            urllib.request.urlopen(address + "/no/such/page")
+        page = lost.value.read().decode()
+        lost.value.close()
+        assert lost.value.code == 404 and "No such page" in page and '<base href="/">' in page
+        book.shutdown()
+
+
+def test_without_a_browser_a_sentence_says_how_to_get_one(monkeypatch, tmp_path):
+    import browser
+
+    class Playwright:
+        class chromium:
+            executable_path = "nowhere"
+
+    monkeypatch.setattr(browser, "MAC", tmp_path / "none")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("BROWSER_PATH", raising=False)
+    with pytest.raises(SystemExit, match="apt-get install chromium"):
+        browser.find_browser(Playwright)
+    monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "gone"))
+    with pytest.raises(SystemExit, match="gone, which is not there"):
+        browser.find_browser(Playwright)
+
+
 # --- files around the book --------------------------------------------------------------------------------------------
 
 
@@ -365,6 +436,9 @@ def test_the_repository_is_named_in_one_place():
     for path, text in texts():
         if path in ("tests/test_house.py",) or path.startswith("book/lock"):
             continue
+        for match in re.finditer(r"([\w-]+)\.github\.io/([\w-]+)", text):
+            if match[2] == name or match[1] == owner:
+                assert (match[1], match[2]) == (owner, name), f"{path} names {match[0]}"
         for match in re.finditer(hosts, text):
             if match[2] == name or match[1] == owner or "annotated" in match[0].lower():
                 assert (match[1], match[2]) == (owner, name), f"{path} names {match[0]}"

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from annotated_detr import scenes
+from annotated_detr import pretrained, scenes, training
 from annotated_detr.detr import PAPER_MODELS, PRESETS, detr_resnet50, detr_tiny
 from annotated_detr.inference import predict
 from annotated_detr.pretrained import (
@@ -428,3 +429,36 @@ def test_torch_hub_serves_the_papers_models():
     )
     assert model.class_embed.out_features == 4 and model.query_embed.num_embeddings == 4
     assert type(postprocessor).__name__ == "PostProcess"
+
+
+# Fine-tuning
+
+
+def test_finetuning_starts_from_the_weights_and_a_fresh_optimiser(tmp_path):
+    images, annotations = scenes.coco_folder(None, "train", 8)
+    content = json.loads(Path(annotations).read_text())
+    content["categories"] = [{"id": 2, "name": "moon"}, {"id": 3, "name": "triangle"}]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 2 + (annotation["category_id"] == 3)
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    recipe = training.FINETUNE_RECIPES["tiny"]
+    config = replace(recipe, images=images, annotations=tmp_path / "mine.json", epochs=1, batch_size=4, num_queries=20, device="cpu")
+    trainer = pretrained.finetune(config, tmp_path / "run")
+    assert trainer.learner.steps == 2 and not trainer.learner.optimizer.state
+    shipped, _ = pretrained.from_pretrained("tiny-scenes")
+    theirs, ours = shipped.state_dict(), trainer.learner.model.state_dict()
+    assert all(torch.equal(theirs[key], ours[key]) for key in theirs if not key.startswith(("class_embed", "query_")))
+    assert torch.equal(ours["query_embed.weight"][:16], theirs["query_embed.weight"])
+    assert torch.equal(ours["class_embed.weight"][3], theirs["class_embed.weight"][3]), "a class of the same name keeps its weights"
+    training.fit(trainer, progress=False)
+    resumed = training.resume(tmp_path / "run")
+    assert resumed.config == trainer.config and resumed.learner.step == 2
+    again = pretrained.finetune(replace(config, weights=str(tmp_path / "run")), tmp_path / "again")
+    assert torch.equal(again.learner.model.state_dict()["bbox_embed.layers.0.weight"], trainer.learner.model.state_dict()["bbox_embed.layers.0.weight"])
+
+
+def test_finetuning_with_another_models_recipe_says_which(tmp_path):
+    config = replace(training.FINETUNE_RECIPES["detr_resnet50"], weights="tiny-scenes", scenes=8, val_scenes=8, size=64)
+    with pytest.raises(ValueError, match="tiny-scenes is a tiny: fine-tune it with that recipe"):
+        pretrained.finetune(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

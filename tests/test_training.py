@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -16,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from annotated_detr import scenes, training
 from annotated_detr.detr import detr_tiny
@@ -587,3 +589,186 @@ def test_pictures_that_would_stop_training_stop_it_before_the_first_step(tmp_pat
         start(replace(SMALL, images=folder, annotations=bad), tmp_path / "run")
     with pytest.raises(ValueError, match="--annotations"):
         start(replace(SMALL, images=folder), tmp_path / "run")
+
+# Scale: like shapes together, the largest batch first
+
+
+@settings(deadline=None, max_examples=50)
+@given(count=st.integers(1, 60), batch_size=st.integers(1, 9), seed=st.integers(0, 9))
+def test_grouping_by_shape_keeps_every_picture_and_every_step(count, batch_size, seed):
+    steps = math.ceil(count / batch_size)
+    aspects = [0.5 + (7 * index % 5) / 2 for index in range(count)]
+    order = list(TrainingOrder(count, batch_size, 2 * steps, seed, aspects=aspects))
+    for epoch in (order[:steps], order[steps:]):
+        assert sorted(index for batch in epoch for _, index in batch) == list(range(count))
+        assert [len(batch) for batch in epoch[:-1]] == [batch_size] * (steps - 1)
+    assert list(TrainingOrder(count, batch_size, 2 * steps, seed, start=1, aspects=aspects)) == order[1:]
+
+
+def test_grouping_by_shape_saves_padding():
+    aspects = [1.0 + index % 7 for index in range(700)]
+
+    def spread(**options):
+        order = TrainingOrder(700, 10, 70, 0, **options)
+        return sum(max(aspects[i] for _, i in batch) - min(aspects[i] for _, i in batch) for batch in order)
+
+    assert spread(aspects=aspects) < 0.3 * spread()
+    batches = list(TrainingOrder(700, 10, 70, 0, aspects=aspects))
+    firsts = [aspects[batch[0][1]] for batch in batches]
+    assert firsts != sorted(firsts), "the batches are in the order of their shapes"
+
+
+@pytest.mark.parametrize("multi_scale", [False, True])
+def test_no_training_batch_is_larger_than_the_largest(tmp_path, multi_scale):
+    images = tmp_path / "images"
+    images.mkdir()
+    records, boxes = [], []
+    for id, size in enumerate([(100, 300), (320, 100), (90, 80)], start=1):
+        Image.new("RGB", size[::-1]).save(images / f"{id}.png")
+        records.append({"id": id, "file_name": f"{id}.png", "height": size[0], "width": size[1]})
+        boxes.append({"id": id, "image_id": id, "category_id": 1, "bbox": [2, 2, 60, 60], "area": 3600, "iscrowd": 0})
+    file = tmp_path / "boxes.json"
+    file.write_text(json.dumps({"images": records, "annotations": boxes, "categories": [{"id": 1, "name": "thing"}]}))
+    config = replace(SMALL, images=images, annotations=file, batch_size=3, epochs=25, multi_scale=multi_scale)
+    trainer = start(config, tmp_path / "run")
+    height, width = training.largest_shape(trainer)
+    seen = [samples.tensors.shape[-2:] for samples, _ in training.batches(trainer)]
+    rounding = 2 if multi_scale else 0  # the paper's resizing may exceed its own cap
+    assert all(h <= height + rounding and w <= width + rounding for h, w in seen)
+    if not multi_scale:
+        assert (height, width) == tuple(max(sides) for sides in zip(*seen))
+
+
+def test_trying_the_largest_batch_changes_nothing(tmp_path, monkeypatch):
+    trainer = start(SMALL, tmp_path / "run")
+    learner = trainer.learner
+    before = {name: value.clone() for name, value in learner.lesson.state_dict().items()}
+    chance = torch.get_rng_state()
+    assert "8 pictures of 64 × 64" in training.try_largest_batch(trainer)
+    assert torch.equal(torch.get_rng_state(), chance) and learner.step == 0
+    assert all(torch.equal(value, before[name]) for name, value in learner.lesson.state_dict().items())
+    assert all(parameter.grad is None for parameter in learner.lesson.parameters())
+
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(training, "batch_losses", full)
+    with pytest.raises(MemoryError, match=r"8 pictures of 64 × 64.*--accumulate \(same gradients\)"):
+        training.try_largest_batch(trainer)
+    assert learner.task is learner.lesson and learner.step == 0
+
+
+def test_a_batch_that_the_rate_is_not_meant_for_is_named():
+    paper = RECIPES["detr_resnet50"]
+    assert training.warn_of_batch(paper) == training.warn_of_batch(replace(paper, batch_size=16)) == ""
+    assert "--lr 5.0e-05 --lr-backbone 5.0e-06" in training.warn_of_batch(replace(paper, batch_size=4))
+    assert "--lr 2.0e-04" in training.warn_of_batch(replace(paper, batch_size=256))
+    assert training.warn_of_batch(replace(paper, batch_size=4, lr=5e-5)) == training.warn_of_batch(SMALL) == ""
+
+
+# Sight
+
+
+def test_answers_are_drawn_at_every_scoring(finished):
+    drawn = sorted(path.name for path in (finished.folder.path / "pictures").iterdir())
+    scored = [line["step"] for line in finished.folder.read_metrics("validation")]
+    assert drawn == [f"step-{step:08d}.png" for step in scored]
+    axes = training.draw_answers(finished, 3).axes
+    assert len(axes) == 3 and all(ax.images for ax in axes)
+    assert len(training.draw_answers(finished, 1).axes) == 1
+
+
+def test_tensorboard_shows_what_the_metrics_say(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer = start(replace(SMALL, tensorboard=True), tmp_path / "run")
+    fit(trainer, progress=False)
+    trainer.board.close()
+    board = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    shown = [(event.step, event.value) for event in board.Scalars("detr/loss")]
+    logged = [(line["step"], line["loss"]) for line in trainer.folder.read_metrics("detr")]
+    assert [step for step, _ in shown] == [step for step, _ in logged]
+    assert [value for _, value in shown] == pytest.approx([value for _, value in logged])
+
+
+# Fine-tuning, and disks that refuse
+
+
+def test_a_run_that_starts_from_weights_can_be_resumed_from_its_first_moment(tmp_path):
+    config = training.FinetuneConfig(**{**vars(SMALL), "warmup_steps": 0, "weights": "elsewhere"})
+    torch.manual_seed(5)
+    model = training.spec_for(config, training.open_datasets(config)[0]).build()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    start(config, tmp_path / "run", model)
+    resumed = resume(tmp_path / "run")
+    assert resumed.config == config and resumed.learner.step == 0
+    assert all(torch.equal(value, weights[name]) for name, value in resumed.learner.model.state_dict().items())
+    for state in resumed.folder.states:
+        state.unlink()
+    with pytest.raises(ValueError, match="stopped before its weights were written"):
+        resume(tmp_path / "run")
+
+
+FULL = """
+import resource, signal, sys
+from annotated_detr import training as t
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+trainer = t.resume(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+try:
+    t.fit(trainer, progress=False)
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_is_kept(finished, tmp_path):
+    broken = start(SMALL, tmp_path / "run")
+    for part in training.batches(broken):
+        training.train_step(broken.learner, part)
+        if broken.learner.step == 4:
+            broken.save()
+            break
+    said = subprocess.run([sys.executable, "-c", FULL, str(tmp_path / "run")], env=os.environ, capture_output=True, text=True)
+    assert re.search(r"(the checkpoint of step \d+|the best weights so far) cannot be written into .*File too large.*goes on from step 4", said.stdout), said
+    assert not list(tmp_path.rglob("*.part"))
+    resumed = resume(tmp_path / "run")
+    assert resumed.learner.step == 4
+    fit(resumed, progress=False)
+    assert same_weights(resumed.learner.model, finished.learner.model)
+
+
+def test_a_place_that_is_not_a_folder_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="the configuration cannot be written into .*Not a directory"):
+        start(SMALL, tmp_path / "file" / "run")
+
+
+KILLED = "from annotated_detr import training as t; import sys; t.fit(t.resume(sys.argv[1]), progress=False)"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_run_that_is_killed_twenty_times_ends_bit_for_bit_like_an_unbroken_one(tmp_path):
+    config = replace(SMALL, scenes=96, epochs=12, save_every=3, num_workers=1)
+    unbroken = start(config, tmp_path / "unbroken")
+    fit(unbroken, progress=False)
+    run = tmp_path / "run"
+    start(config, run)
+    chance, kills, command = random.Random(0), 0, [sys.executable, "-c", KILLED, str(run)]
+    while kills < 20:
+        known = RunFolder(run).states
+        process = subprocess.Popen(command, env=os.environ, start_new_session=True)
+        while RunFolder(run).states == known and process.poll() is None:
+            time.sleep(0.01)  # let every life get somewhere, then kill it wherever it is
+        time.sleep(chance.random() * 0.5)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+        assert RunFolder(run).read_metrics()[-1]["step"] < unbroken.learner.steps, f"done after {kills} kills: make the run longer"
+    resumed = resume(run)
+    fit(resumed, progress=False)
+    assert same_weights(resumed.learner.model, unbroken.learner.model)
+    logged, expected = ([(line["step"], line.get("loss"), line.get("AP")) for line in trainer.folder.read_metrics()] for trainer in (resumed, unbroken))
+    assert logged == expected

@@ -1,0 +1,67 @@
+// The book's own script: formulas, printing, and search from a folder on a disk. Nothing is fetched from another host.
+(() => {
+  const mathjax = new URL("vendor/mathjax/tex-svg.js", document.currentScript.src);
+
+  // MathJax is 2 MB. It is fetched when the first formula comes near the window; what is further away follows in pauses,
+  // once the reader has begun to move, so that formulas are there before they are reached.
+  const waiting = new Set(document.querySelectorAll("span.math, div.math"));
+  let engine = null;
+  let queue = Promise.resolve();
+
+  function start() {
+    engine ??= new Promise((ready, failed) => {
+      const configuration = window.MathJax || {};
+      window.MathJax = { ...configuration, startup: { ...configuration.startup, typeset: false } };
+      const script = document.createElement("script");
+      script.src = mathjax;
+      script.onload = () => window.MathJax.startup.promise.then(ready);
+      script.onerror = failed;
+      document.head.append(script);
+    });
+    return engine;
+  }
+
+  function typeset(formulas) {
+    const now = formulas.filter((formula) => waiting.delete(formula));
+    if (now.length) queue = queue.then(start).then(() => window.MathJax.typesetPromise(now));
+    return queue;
+  }
+
+  const pause = window.requestIdleCallback || ((work) => setTimeout(work, 60));
+  const rest = () => waiting.size && pause(() => typeset([...waiting].slice(0, 6)).then(rest));
+  let moved = false;
+  function begin() {
+    if (!moved) rest();
+    moved = true;
+  }
+
+  const near = new IntersectionObserver(
+    (entries) => typeset(entries.filter((entry) => entry.isIntersecting).map((entry) => entry.target)),
+    { rootMargin: "800px 0px" },
+  );
+  waiting.forEach((formula) => near.observe(formula));
+  ["scroll", "pointermove", "keydown", "touchstart"].forEach((kind) => addEventListener(kind, begin, { once: true, passive: true }));
+
+  // On paper nothing can be unfolded. The book's PDF and its tests wait for this, too.
+  const unfold = () => document.querySelectorAll("details").forEach((fold) => (fold.open = true));
+  window.annotated = {
+    unfold,
+    ready: () => typeset([...waiting]),
+  };
+  addEventListener("beforeprint", () => {
+    unfold();
+    typeset([...waiting]);
+  });
+
+  // A page from a disk may not read the other pages, from which a search shows the lines around its findings.
+  if (location.protocol === "file:" && typeof DOCUMENTATION_OPTIONS !== "undefined") {
+    DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
+  }
+
+  // What scrolls inside itself can be reached and moved with the keyboard.
+  addEventListener("load", () =>
+    document.querySelectorAll(".bd-article pre, .table-scroll, mjx-container, .output.text_html").forEach((box) => {
+      if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
+    }),
+  );
+})();
