@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['choose_settings', 'Mistake', 'worst_mistakes', 'judge', 'draw_mistakes']
 
-# %% ../nbs/13_your_pictures.ipynb #76894dc0
+# %% ../nbs/13_your_pictures.ipynb #96c12315
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +17,12 @@ from torchvision.ops import box_iou
 from . import figures
 from .data import CocoDetection
 from .evaluation import CocoScorer
-from .training import TrainConfig
+from .training import FINETUNE_RECIPES, FinetuneConfig
 
-# %% ../nbs/13_your_pictures.ipynb #5e8ce296
+# %% ../nbs/13_your_pictures.ipynb #69e367a9
 def choose_settings(
     pictures: CocoDetection, steps: int = 2_000, batch_size: int = 8
-) -> TrainConfig:
+) -> FinetuneConfig:
     """Settings for fine-tuning `tiny` on these pictures; only a place to start from.
 
     Queries: a quarter more than the fullest picture has boxes. Size: nine of ten boxes have
@@ -42,7 +42,8 @@ def choose_settings(
     if not sides:
         raise ValueError("no picture has a box, so there is nothing to choose from")
     small = float(np.quantile(sides, 0.1))
-    return TrainConfig(
+    return replace(
+        FINETUNE_RECIPES["tiny"],
         num_queries=max(16, 8 * math.ceil(1.25 * most / 8)),
         size=min(256, max(96, 32 * math.ceil(10 / max(small, 1e-3) / 32))),
         epochs=math.ceil(steps / math.ceil(len(pictures) / batch_size)),
@@ -50,8 +51,8 @@ def choose_settings(
         lr=5e-4,
         lr_backbone=5e-4,
         ramp_steps=100,
-        warmup_steps=0,
         color_jitter=0.3,
+        multi_scale=False,
     )
 
 # %% ../nbs/13_your_pictures.ipynb #d287643a
