@@ -38,7 +38,7 @@ from .scenes import IMAGENET_MEAN, IMAGENET_STD, progress_bar
 
 Target = dict[str, Tensor]
 
-# %% ../nbs/01_data.ipynb #d440adb5
+# %% ../nbs/01_data.ipynb #f39e6a79
 def draw_mask(segmentation: list | dict, height: int, width: int) -> Bool[Tensor, "h w"]:
     """Draw a COCO segmentation (polygons, RLE, uncompressed RLE): True on the object.
 
@@ -208,7 +208,7 @@ def flatten_to_rgb(image: Image.Image) -> Image.Image:
         return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
-# %% ../nbs/01_data.ipynb #0bdb8d16
+# %% ../nbs/01_data.ipynb #2610f07e
 def open_picture(path: str | os.PathLike) -> Image.Image:
     """Read a picture as a viewer shows it: upright, 8-bit RGB, fully decoded.
 
@@ -961,7 +961,7 @@ def _is_segmentation(value: object) -> bool:
         for polygon in value
     )
 
-# %% ../nbs/01_data.ipynb #6753353c
+# %% ../nbs/01_data.ipynb #58960139
 def guess_box_format(boxes: Float[Tensor, "n 4"], sizes: Float[Tensor, "n 2"]) -> str:
     """Guess in which format the boxes of a whole file were written, from where they would lie.
 

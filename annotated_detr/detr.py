@@ -71,7 +71,7 @@ def _refuse_blank_pictures(mask: Bool[Tensor, "B H W"]) -> None:
             "take it out of the batch, or correct its mask, which is True on padding"
         )
 
-# %% ../nbs/06_detr.ipynb #2d9ef1a1
+# %% ../nbs/06_detr.ipynb #1e939867
 class DETR(nn.Module):
     """Pictures in, a set of boxes with classes out (Section 3.2, Figure 2).
 
@@ -137,8 +137,7 @@ class DETR(nn.Module):
         with _autocast_off(hs.device):  # bfloat16 would blur the boxes
             boxes = self.bbox_embed(hs.to(query_embed.dtype)).sigmoid()
 
-        layers = zip(logits, boxes)
-        *earlier, last = [{"pred_logits": c, "pred_boxes": b} for c, b in layers]
+        *earlier, last = [dict(pred_logits=c, pred_boxes=b) for c, b in zip(logits, boxes)]
         return last | {"aux_outputs": earlier} if self.aux_loss else last
 
 # %% ../nbs/06_detr.ipynb #ea29b93c

@@ -1,7 +1,7 @@
 """The pages around the chapters: every letter, term, part of the paper, name and number on them leads to a place that exists."""
 
+import ast
 import fnmatch
-import importlib
 import json
 import re
 import sys
@@ -175,6 +175,16 @@ def test_every_public_name_is_taught_in_one_section_and_has_a_line_to_the_api():
     assert around.api_line("detr", "#| exporti\ndef helper(): ...") == around.api_line("detr", "def helper(): ...") == ""
 
 
+def test_every_name_with_a_line_to_the_api_has_an_entry_there():
+    """Sphinx lists what has a docstring; a line to anything else would lead nowhere."""
+    assert len(around.taught()) > 150
+    for path in NOTEBOOKS:
+        for kind, source in around.cells(path):
+            names = around.defined(source) if kind == "code" else []
+            for node in ast.parse(source).body if names else []:
+                assert getattr(node, "name", None) not in names or ast.get_docstring(node), f"{path.stem}: {node.name} has no docstring"
+
+
 def test_an_entry_of_the_api_leads_to_its_section():
     lines = ["First paragraph.", "", "More."]
     around.add_teaching(None, "class", "annotated_detr.matcher.HungarianMatcher", None, None, lines)
@@ -186,14 +196,12 @@ def test_an_entry_of_the_api_leads_to_its_section():
 
 
 def test_every_name_of_the_reference_map_exists():
-    import annotated_detr
-
-    modules = [importlib.import_module(f"annotated_detr.{module}") for module in annotated_detr._EXPORTS]
+    here = {full.split(".")[-1] for full in around.taught()}
     rows = [row for title, rows in tables(PAGES / "reference_map.md").items() for row in rows]
     names = {name for row in rows for name in names_of(row[0])}
     assert len(names) > 40
     for name in names:
-        assert any(hasattr(module, name) for module in modules), f"this package has no {name}"
+        assert name in here, f"this package has no {name}"
     same = tables(PAGES / "reference_map.md")["Names that are the same"]
     listed = {name for row in same for name in names_of(row[0])}
     from test_house import PUBLIC
@@ -218,6 +226,32 @@ def test_every_key_of_the_reference_map_is_a_key_of_the_models():
                 assert found, f"no key of the model is like {pattern}"
                 covered |= found
     assert keys <= covered, f"the map leaves out {sorted(keys - covered)[:3]}"
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_counts_what_a_reader_meets(tmp_path):
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("sphinx")
+    import report
+
+    prose, code = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell
+    cells = [
+        prose("# A title\n\nFour words stand here. | not a table"),
+        code("#| hide\nunseen = 1"),
+        code("#| export\ndef f():\n\n    return 1"),
+        prose("## Check it\n\n| a table | is no prose |\n| --- | --- |\n\n[One link](https://example.org)\n\n```py\nshown = 1\n```"),
+        code("f() == 1"),
+        code("#| echo: false\nfigures.show(fig)"),
+        prose("**Exercise 1.** Why?"),
+    ]
+    path = tmp_path / "chapter.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    numbers = report.measure(path, 2.0)
+    assert (numbers["lines"], numbers["cells"], numbers["longest"], numbers["median"]) == (3, 2, 2, 1.5)
+    assert (numbers["figures"], numbers["checks"], numbers["exercises"], numbers["seconds"]) == (1, 1, 1, 2.0)
+    assert numbers["words"] == 2 + 7 + 2 + 2 + 3 and numbers["way"] == 13
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------
