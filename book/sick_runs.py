@@ -162,7 +162,6 @@ def examine(name: str, folder: Path) -> dict[str, Any]:
     patient = PATIENTS[name]
     trainer = admit(patient, folder)
     learner, stopped = trainer.learner, None
-    said = [training.warn_of_few_steps("tiny", learner.steps - learner.config.warmup_steps).strip()]
     try:
         training.fit(trainer)
     except (ValueError, FloatingPointError) as error:
@@ -179,7 +178,6 @@ def examine(name: str, folder: Path) -> dict[str, Any]:
         "scores": {"step": [line["step"] - learner.config.warmup_steps for line in scores]}
         | {key: [round_all(line[key]) for line in scores] for key in ("AP", "AP50")},
         "answers": [] if stopped else answers(trainer),
-        "said_before": [sentence for sentence in said if sentence],
         "said": [
             {"step": line["step"] - learner.config.warmup_steps, "about": line["about"], "warning": line["warning"]}
             for line in trainer.folder.read_metrics("warning")
@@ -202,12 +200,15 @@ def main() -> None:
     done = {name: arguments.folder / name.replace(" ", "-") / "findings.json" for name in PATIENTS}
     if not all(path.exists() for path in done.values()):
         return  # the call that ends last writes the file
+    runs = {name: json.loads(path.read_text(encoding="utf8")) for name, path in done.items()}
+    for name, run in runs.items():
+        run["said_before"] = training.warn_of_few_steps("tiny", run["steps"], PATIENTS[name].start is not None).strip()
     results = {
         "command": "python book/sick_runs.py runs/sick",
         "seed": RECIPE.seed,
         "recipe": {"start": START} | {name: getattr(RECIPE, name) for name in ("scenes", "size", "batch_size", "lr")},
         "hardware": f"one thread of {os.cpu_count()} shared CPU cores ({platform.machine()})",
-        "runs": {name: json.loads(path.read_text(encoding="utf8")) for name, path in done.items()},
+        "runs": runs,
     }
     path = Path(training.__file__).with_name("sick_runs.json")
     path.write_text(json.dumps(results) + "\n", encoding="utf8")

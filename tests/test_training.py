@@ -324,6 +324,7 @@ def test_a_run_that_is_too_short_is_told_so_before_it_starts(tmp_path):
     assert "too few steps to learn: 6" in training.plan(start(SMALL, tmp_path / "run"))
     assert training.warn_of_few_steps("tiny", 2_000) == "" != training.warn_of_few_steps("tiny", 1_999)
     assert "weights that have learned COCO" in training.warn_of_few_steps("detr_resnet50", 5_000)
+    assert training.warn_of_few_steps("tiny", 600, finetuned=True) == "" != training.warn_of_few_steps("tiny", 400, finetuned=True)
     assert training.warn_of_few_steps("detr_resnet50", training.PAPER_STEPS) == ""
 
 
