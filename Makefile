@@ -85,7 +85,7 @@ serve: book
 # From PyPI, into uv's cache: tools that look at files and are part of nothing else.
 lint-workflows: $(READY)
 	@$(UV) tool run --quiet check-jsonschema@0.39.0 --builtin-schema vendor.github-workflows .github/workflows/*.yml
-	@$(UV) tool run --quiet zizmor@1.32.0 --quiet --offline --min-severity medium .github/workflows
+	@$(UV) tool run --quiet zizmor@1.32.0 --quiet --offline --min-severity medium .github
 
 export: $(READY)
 	@$(PY) book/check_drift.py --write

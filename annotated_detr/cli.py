@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['app', 'Recipe', 'Finetuning', 'train', 'finetune', 'resume', 'overfit', 'plot', 'eval_', 'predict', 'check',
-           'scenes_', 'download', 'convert_voc', 'main']
+           'scenes_', 'download', 'convert_voc', 'completion', 'main']
 
-# %% ../nbs/cli.ipynb #98080143
+# %% ../nbs/cli.ipynb #356360aa
 import os
 import sys
 from pathlib import Path
@@ -23,6 +23,7 @@ from annotated_detr import (
     pretrained,
     scenes,
     training,
+    versions,
 )
 from .nested_tensor import collate_fn
 
@@ -316,9 +317,21 @@ def convert_voc(
     print(done)
     print(f"pictures stay in {done.img_folder}")
 
-# %% ../nbs/cli.ipynb #6d475c46
+# %% ../nbs/cli.ipynb #54f11194
+@app.command
+def completion(shell: Positional[Literal["bash", "zsh", "tcsh"]]) -> None:
+    """Print the script with which a shell completes these commands at the Tab key.
+
+    Args:
+        shell: The shell that will read it.
+    """
+    main(["--tyro-print-completion", shell])
+
+# %% ../nbs/cli.ipynb #c7e09a3d
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; `arguments` are those of the shell if not given."""
+    if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+        return print(versions())
     try:
         app.cli(
             prog="annotated-detr",
@@ -342,4 +355,17 @@ A first session, without any data of your own:
   annotated-detr train runs/first tiny --epochs 5
   annotated-detr eval runs/first
   annotated-detr predict runs/first PICTURES --out found
+
+With pictures and a COCO annotation file of your own:
+
+  annotated-detr check photos train.json
+  annotated-detr train runs/mine tiny --images photos --annotations train.json
+
+With the detector of the paper:
+
+  annotated-detr predict detr_resnet50 PICTURES --out found
+
+Each command has a --help of its own. --version says what runs here. Exit codes: 0 done;
+1 a mistake, which one sentence explains; 2 a command line that cannot be understood;
+130 stopped with Ctrl-C.
 """

@@ -152,7 +152,7 @@ def subplots(
     fig = Figure(figsize=(width, height or 2.4 * rows), layout="constrained")
     return fig, fig.subplots(rows, columns)
 
-# %% ../nbs/figures.ipynb #d834ead2
+# %% ../nbs/figures.ipynb #bcda9a45
 def _canvas(width: Number, height: Number) -> tuple[Figure, Axes]:
     """A figure of `width` by `height` points with one axes measured in points from bottom left."""
     fig = Figure(figsize=(width / 72, height / 72))
@@ -270,7 +270,7 @@ def show(fig: Figure, label: str, caption: str, alt: str) -> Shown:
         sys.modules["matplotlib.pyplot"].close(fig)
     return Shown(label, _numbering.of(label), caption, alt, svg)
 
-# %% ../nbs/figures.ipynb #4b6a5bb2
+# %% ../nbs/figures.ipynb #07948eba
 def _to_svg(fig: Figure, label: str, alt: str) -> str:
     """Save a figure as SVG that is the same every time and disturbs nothing else on its page."""
     fig.draw_without_rendering()  # settles the layout
@@ -330,7 +330,7 @@ def _with_own_ids(svg: str, label: str) -> str:
 
     return re.sub(r'(href="|url\()#', rf"\1#{label}-", re.sub(r' id="([^"]+)"', own, svg))
 
-# %% ../nbs/figures.ipynb #a31e2c65
+# %% ../nbs/figures.ipynb #9e7c06e9
 def _shrink(image: AxesImage) -> None:
     """Give a photograph no more than two pixels for one on the screen."""
     array, extent = image.get_array(), image.get_extent()
@@ -522,7 +522,7 @@ def _check_earlier(items: Sequence[Solid | Layer]) -> None:
                     f" {', '.join(passed) or 'nothing'}: name one of these."
                 )
 
-# %% ../nbs/figures.ipynb #93177f39
+# %% ../nbs/figures.ipynb #7eb24526
 def _item_width(item: Solid | Layer) -> Number:
     """Room in points for an item of a flow from left to right."""
     if isinstance(item, Layer):
@@ -553,7 +553,7 @@ def _flow_across(items: Sequence[Solid | Layer], widths: Sequence[Number]) -> Fi
         x += width
     return fig
 
-# %% ../nbs/figures.ipynb #5eca66f9
+# %% ../nbs/figures.ipynb #3a7a5eb3
 def _flow_down(items: Sequence[Solid | Layer]) -> Figure:
     """A flow from top to bottom: solids on the left, names and sizes on the right."""
     heights = [
@@ -581,7 +581,7 @@ def _flow_down(items: Sequence[Solid | Layer]) -> Figure:
         y -= height
     return fig
 
-# %% ../nbs/figures.ipynb #5f8a848a
+# %% ../nbs/figures.ipynb #02cd1e74
 def _labelled(ax: Axes, x: Number, y: Number, item: Solid, gap: Number, pitch: Number) -> None:
     """Draw a solid with its name and sizes at its right."""
     _draw_solid(ax, x, y, item)
@@ -704,7 +704,7 @@ def _picture_size(ax: Axes) -> tuple[Number, Number]:
     left, right, bottom, top = ax.images[0].get_extent()
     return abs(right - left), abs(bottom - top)
 
-# %% ../nbs/figures.ipynb #46774711
+# %% ../nbs/figures.ipynb #5f020e23
 def _box_colors(
     n: int, labels: Sequence[str] | None, color: str | Sequence[str] | None
 ) -> list[str]:
@@ -732,7 +732,7 @@ def _tag(ax: Axes, box: tuple[Number, Number, Number, Number], text: str, color:
     at_right = box[0] > left + 0.72 * (right - left)
     ax.annotate(
         text,
-        (box[2] if at_right else box[0], max(top, box[1])),
+        (min(right, box[2]) if at_right else max(left, box[0]), max(top, box[1])),
         (-0.6 if at_right else 0.6, -2.4 if inside else 2.4),
         textcoords="offset points",
         ha="right" if at_right else "left",
@@ -903,7 +903,7 @@ def sequence(
     ax.set(xlim=(-3, 407), ylim=(0, 330))
     return fig
 
-# %% ../nbs/figures.ipynb #4163aeef
+# %% ../nbs/figures.ipynb #321b8c9c
 def _cell_colors(
     image: Float[Tensor, "3 H0 W0"], mask: Bool[Tensor, "H W"], stride: int
 ) -> np.ndarray:
@@ -1226,7 +1226,7 @@ def detr_map(
         ax.text(x, y + (28 if above else -28), sizes, ha="center", va=va, fontsize=7.5)
     return fig
 
-# %% ../nbs/figures.ipynb #332a8b0e
+# %% ../nbs/figures.ipynb #0c6d2ba4
 def _place(part: str) -> tuple[Number, Number]:
     """The centre of a part, in points."""
     row = next(row for row in ROWS if part in row)
@@ -1266,7 +1266,7 @@ def _line(ax: Axes, points: Sequence[tuple[Number, Number]]) -> None:
     ax.plot(*np.array([*points[:-1], near]).T, "-", color=INK, lw=1)
     _arrow(ax, near, end)
 
-# %% ../nbs/figures.ipynb #d549ef79
+# %% ../nbs/figures.ipynb #b4f6b3a7
 def _map_lines(ax: Axes) -> None:
     """Draw what flows between the parts of the map."""
     pairs = [*zip(ROWS[0], ROWS[0][1:]), ("matcher", "loss"), ("loss", "training")]
@@ -1291,7 +1291,7 @@ def _map_lines(ax: Axes) -> None:
         x = _place(part)[0]
         _line(ax, [(x, BUS), (x, 51.5)])
 
-# %% ../nbs/figures.ipynb #1bc9a95c
+# %% ../nbs/figures.ipynb #7374ad7a
 #: A stroke of an emblem: how it is drawn, and its points in a unit square.
 Mark = tuple[str, list[tuple[Number, Number]]]
 
@@ -1311,7 +1311,7 @@ def _arc(kind: str, x0: Number, x1: Number) -> Mark:
     t = np.linspace(np.pi, 0, 20)
     return _curve(kind, (x0 + x1 + (x1 - x0) * np.cos(t)) / 2, 0.26 + 0.9 * (x1 - x0) * np.sin(t))
 
-# %% ../nbs/figures.ipynb #40910088
+# %% ../nbs/figures.ipynb #1945b7fa
 def _emblems() -> dict[str, list[Mark]]:
     """What stands for each part of the map: "fill", "line", "thin" or "dot" strokes."""
     t = np.linspace(0, 1, 40)

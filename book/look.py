@@ -100,7 +100,7 @@ AXE = """() => axe.run(document, { preload: false, resultTypes: ["violations"] }
 def pages(names: list[str]) -> list[str]:
     """The addresses of the book's pages, as parts of the folder of the book."""
     paths = sorted(path for folder in ("nbs", "book") for path in (HTML / folder).rglob("*.html"))
-    addresses = [path.relative_to(HTML).as_posix() for path in paths]
+    addresses = [path.relative_to(HTML).as_posix() for path in paths] + ["search.html"]
     return [address for address in addresses if not names or any(name in address for name in names)]
 
 
@@ -116,7 +116,7 @@ def axe_script() -> str | None:
 def weight(urls: set[str]) -> int:
     """The bytes that a visitor's browser gets for these files, compressed as web hosts do."""
     paths = {Path(unquote(urlsplit(url).path)) for url in urls if url.startswith("file:") and "mathjax" not in url}
-    return sum(len(path.read_bytes() if path.suffix == ".woff2" else gzip.compress(path.read_bytes(), 6)) for path in paths if path.is_file())
+    return sum(len(path.read_bytes() if path.suffix == ".woff" else gzip.compress(path.read_bytes(), 6)) for path in paths if path.is_file())
 
 
 def look(address: str) -> tuple[str, list[str], float]:
@@ -179,7 +179,7 @@ def main() -> int:
     with open_browser():
         pass  # no browser is said once, and not by every worker
     found = [] if arguments.names else check_book.check(HTML, ROOT)
-    addresses = pages(arguments.names) + ([] if arguments.names else ["search.html"])
+    addresses = pages(arguments.names)
     started = time.monotonic()
     with ProcessPoolExecutor(2) as workers:
         for address, problems, seconds in workers.map(look, addresses):

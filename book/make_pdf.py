@@ -49,7 +49,7 @@ def print_page(browser, address: str) -> tuple[str, bytes]:
     page.set_default_timeout(600_000)
     page.goto((HTML / f"{address}.html").as_uri())
     page.evaluate("annotated.unfold(), annotated.ready()")
-    title = page.evaluate("document.querySelector('article h1, main h1').firstChild.parentElement.innerText.replace(/#$/, '').trim()")
+    title = page.evaluate("document.querySelector('.bd-article h1').innerText.replace(/#$/, '').trim()")
     printed = page.pdf(**PAPER, outline=True, tagged=True)
     context.close()
     return title, printed
@@ -105,19 +105,13 @@ def number(writer: PdfWriter, start: int) -> None:
     for i, page in enumerate(writer.pages):
         if i < start:
             continue
-        foot = DecodedStreamObject()
         x = float(page.mediabox.width) / 2 - 2.5 * len(str(i + 1))
-        foot.set_data(f"q 1 0 0 1 0 0 cm 0.35 g BT /FolioFont 9 Tf {x:.1f} 28 Td ({i + 1}) Tj ET Q".encode())
-        resources = page["/Resources"].get_object()
-        fonts = resources.setdefault(NameObject("/Font"), DictionaryObject()).get_object()
+        foot = f"q 0.35 g BT /FolioFont 9 Tf {x:.1f} 28 Td ({i + 1}) Tj ET Q"
+        fonts = page["/Resources"].get_object().setdefault(NameObject("/Font"), DictionaryObject()).get_object()
         fonts[NameObject("/FolioFont")] = font
-        content = page["/Contents"]
-        opened, closed = DecodedStreamObject(), DecodedStreamObject()
-        opened.set_data(b"q\n")
-        closed.set_data(b"\nQ\n")
-        whole = content.get_object()
-        middle = list(whole) if isinstance(whole, ArrayObject) else [content.indirect_reference if hasattr(content, "indirect_reference") and content.indirect_reference else content]
-        page[NameObject("/Contents")] = ArrayObject([writer._add_object(opened), *middle, writer._add_object(closed), writer._add_object(foot)])
+        content = DecodedStreamObject()
+        content.set_data(b"q\n" + page.get_contents().get_data() + b"\nQ\n" + foot.encode())
+        page[NameObject("/Contents")] = writer._add_object(content.flate_encode())
 
 
 def make(file: Path) -> int:
@@ -138,12 +132,10 @@ def make(file: Path) -> int:
     writer.append(io.BytesIO(front), import_outline=False)
     shift = len(writer.pages)
     for address, (title, data) in printed.items():
-        writer.append(io.BytesIO(data), outline_item=title, import_outline=True)
+        writer.append(io.BytesIO(data))  # with the outline of its headings
     mend_links(writer, {address: first + shift for address, (_, first) in pages.items()})
     number(writer, 1)
     writer.compress_identical_objects()
-    for page in writer.pages:
-        page.compress_content_streams()
     writer.add_metadata({"/Title": own["title"], "/Author": own["author"], "/Subject": own["description"]})
     file.parent.mkdir(parents=True, exist_ok=True)
     writer.write(file)

@@ -25,7 +25,7 @@ MENDED = [
     (r"\s*<(?:script|link)\b[^>]*fontawesome\.js[^>]*>(?:\s*</script>)?", ""),
     (r"\s*<(?:link|script)\b[^>]*thebe[^>]*>(?:[^<]*</script>)?", ""),
     # Scripts do not hold up the page. (What they set up is done when it has been read; their order stays.)
-    (r'<script((?: data-sd-[\w-]+="[^"]*")?) src="([^"]*/(?:doctools|sphinx_highlight|clipboard\.min|copybutton|sphinx-book-theme|togglebutton|design-tabs)\.js)', r'<script\1 defer src="\2'),
+    (r'<script((?: data-sd-[\w-]+="[^"]*")?) src="([^"]*(?:doctools|sphinx_highlight|clipboard\.min|copybutton|sphinx-book-theme|togglebutton|design-tabs|searchtools|language_data|searchindex)\.js)', r'<script\1 defer src="\2'),
     # The page's own colours from the first moment, where nobody has chosen any.
     (r'localStorage\.getItem\("mode"\) \|\| ""', 'localStorage.getItem("mode") || "auto"'),
     (r'localStorage\.getItem\("theme"\) \|\| ""', f'localStorage.getItem("theme") || ({SYSTEM_THEME})'),
@@ -146,7 +146,9 @@ def finish(app, exception):
         return
     finish_folder(Path(app.outdir))
     import card
+    import icons
 
+    icons.keep_what_is_shown(Path(app.outdir))
     card.draw(Path(app.outdir) / "_static")
 
 

@@ -1,6 +1,7 @@
 """Run every notebook as Colab would: in an empty folder, where only the built wheel with its extras is installed.
 
     python book/run_notebooks.py [NAME ...]    all notebooks, or those whose file name starts with a NAME
+    python book/run_notebooks.py --here        in the environment of this Python, where the package is installed already
 """
 
 import hashlib
@@ -53,18 +54,18 @@ def constraints() -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(path: Path) -> str | None:
-    """Run one notebook in an empty folder; what went wrong, or None."""
+def run(path: Path, python: Path) -> str | None:
+    """Run one notebook in an empty folder with the given interpreter; what went wrong, or None."""
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code" and "#| eval: false" in cell.source:
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), "skip-execution"]
     with tempfile.TemporaryDirectory() as empty:
         manager = AsyncKernelManager()
-        manager.kernel_spec.argv = [str(PYTHON), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        manager.kernel_spec.argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         client = NotebookClient(notebook, km=manager, timeout=None, resources={"metadata": {"path": empty}})
         environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-        environment |= {"PATH": f"{PYTHON.parent}{os.pathsep}{os.environ.get('PATH', '')}", "TQDM_DISABLE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+        environment |= {"PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}", "TQDM_DISABLE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
         with tempfile.TemporaryFile("w+") as said:  # what the kernel itself says, as against the cells
             try:
                 client.execute(env=environment, stderr=said)
@@ -77,18 +78,20 @@ def run(path: Path) -> str | None:
 
 
 def main() -> int:
-    names = sys.argv[1:]
+    here = "--here" in sys.argv
+    names = [name for name in sys.argv[1:] if name != "--here"]
     paths = [path for path in sorted((ROOT / "nbs").glob("*.ipynb")) if not names or path.name.startswith(tuple(names))]
-    install_wheel()
+    if not here:
+        install_wheel()
     failed = 0
     for path in paths:
         started = time.monotonic()
-        problem = run(path)
+        problem = run(path, Path(sys.executable) if here else PYTHON)
         print(f"  {path.stem:<28} {'FAILED' if problem else 'ok':<7} {time.monotonic() - started:6.1f} s", flush=True)
         if problem:
             failed += 1
             print(problem[-4000:])
-    print(f"{len(paths) - failed} of {len(paths)} notebooks ran where only the wheel is installed.")
+    print(f"{len(paths) - failed} of {len(paths)} notebooks ran where {'this Python finds the package' if here else 'only the wheel is installed'}.")
     return 1 if failed or not paths else 0
 
 

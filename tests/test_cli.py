@@ -52,6 +52,35 @@ def test_help_ends_well(command, capsys):
     assert "usage: annotated-detr" in capsys.readouterr().out
 
 
+def test_help_teaches_and_names_the_exit_codes(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert "annotated-detr train runs/first tiny" in text and "130 stopped with Ctrl-C" in text
+
+
+def test_the_version_says_what_runs_here(capsys):
+    from annotated_detr import versions
+
+    cli.main(["--version"])
+    assert capsys.readouterr().out.strip() == versions()
+
+
+def test_a_shell_gets_its_completion(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["completion", "bash"])
+    script = capsys.readouterr().out
+    assert stop.value.code in (0, None) and "complete" in script and "convert-voc" in script
+
+
+@pytest.mark.parametrize("line", ["fly", "predict", "eval tiny-scenes --batch-size many"])
+def test_a_command_line_that_cannot_be_understood_has_exit_code_2(line, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(line.split())
+    assert stop.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_the_help_of_a_recipe_shows_its_own_defaults(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "run", "detr_resnet50", "--help"])

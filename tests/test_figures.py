@@ -273,6 +273,13 @@ def test_relative_boxes_are_scaled_by_the_picture_they_are_drawn_on(photograph):
     assert ax.patches[0].get_bbox().bounds == pytest.approx((360, 120, 180, 60))
 
 
+def test_a_box_that_sticks_out_keeps_its_label(photograph):
+    _, ax = figures.subplots()
+    figures.picture(ax, photograph)
+    figures.boxes(ax, torch.tensor([[700.0, 100, 1000, 300], [-50, -40, 200, 300]]), ["right", "left"])
+    assert [tag.xy for tag in ax.texts] == [(900, 100), (0, 0)]
+
+
 def test_with_a_stride_a_cell_lies_over_the_pixels_it_was_made_from(photograph):
     weights = torch.zeros(20, 30)
     weights[3, 28] = 1

@@ -384,6 +384,29 @@ def test_the_site_has_a_first_page_a_map_and_a_page_for_lost_addresses(tmp_path)
     assert f'<base href="{site}/">' in (tmp_path / "404.html").read_text(encoding="utf8")
 
 
+def test_only_the_icons_that_are_shown_are_shipped(tmp_path):
+    theme = pytest.importorskip("pydata_sphinx_theme")
+    import shutil
+
+    import icons
+    from fontTools.ttLib import TTFont
+
+    static = Path(theme.__file__).parent / "theme" / "pydata_sphinx_theme" / "static"
+    for name in ("styles/pydata-sphinx-theme.css", "vendor/fontawesome/webfonts"):
+        target = tmp_path / "_static" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (static / name).is_dir() else shutil.copy)(static / name, target)
+    (tmp_path / "_static" / "scripts").mkdir()
+    (tmp_path / "page.html").write_text('<i class="fas fa-rocket"></i>', encoding="utf8")
+    icons.keep_what_is_shown(tmp_path)
+    style = (tmp_path / "_static" / "styles" / "pydata-sphinx-theme.css").read_text(encoding="utf8")
+    assert ".fa-rocket:before" in style and ".fa-cow:before" not in style and ".woff2" not in style
+    fonts = tmp_path / "_static" / "vendor" / "fontawesome" / "webfonts"
+    shown = TTFont(fonts / "fa-solid-900.woff").getBestCmap()
+    assert 0xF135 in shown and 0xF6C8 not in shown, "a rocket, and no cow"
+    assert sum(path.stat().st_size for path in fonts.iterdir()) < 40_000
+
+
 def test_the_book_is_served_compressed_and_lost_addresses_find_help(tmp_path):
     pytest.importorskip("sphinx")
     import gzip
@@ -459,7 +482,52 @@ def test_versions_agree():
     version = annotated_detr.__version__
     assert settings["DEFAULT"]["version"] == version
     assert f'version: "{version}"' in (ROOT / "CITATION.cff").read_text(encoding="utf8")
+    assert set(re.findall(r"@v([\w.]+)", (ROOT / "README.md").read_text(encoding="utf8"))) == {version}
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf8")
+
+
+def workflows() -> dict[str, dict]:
+    """The workflows of the public repository, by the name of their file."""
+    import yaml
+
+    return {path.stem: yaml.safe_load(path.read_text(encoding="utf8")) for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))}
+
+
+def test_workflows_call_what_there_is_and_may_do_little():
+    """What can be known without running them; `make lint-workflows` asks two linters as well."""
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf8"), flags=re.M))
+    assert set(workflows()) == {"test", "book", "release", "notebooks"}
+    for name, flow in workflows().items():
+        assert flow["permissions"] == {}, f"{name}: a job asks for the rights that it needs, the workflow for none"
+        for job in flow["jobs"].values():
+            assert job["timeout-minutes"] <= 180
+            for step in job["steps"]:
+                assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}|[\w-]+/[\w-]+@(v\d+|release/v1)", step.get("uses", "a/b@v1"))
+                script = step.get("run", "")
+                assert "${{" not in script, f"{name}: {script} — a script gets its values through the environment"
+                for target in re.findall(r"\bmake ([\w-]+)", script):
+                    assert target in targets, f"{name} calls `make {target}`"
+                for path in re.findall(r"\b(?:book|tests)/[\w/]+\.\w+", script):
+                    assert (ROOT / path).exists(), f"{name} calls {path}"
+
+
+def test_workflows_cover_every_python_and_both_torches():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
+    matrix = workflows()["test"]["jobs"]["test"]["strategy"]["matrix"]
+    assert matrix["python"][0] == project["requires-python"].removeprefix(">=") == "3.11" and matrix["python"][-1] == "3.13"
+    assert matrix["versions"] == ["newest", "oldest"]
+
+
+def test_the_notes_of_a_release_are_its_part_of_the_changelog(tmp_path):
+    import annotated_detr
+
+    command = [sys.executable, "book/release_notes.py", f"v{annotated_detr.__version__}"]
+    notes = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert notes.startswith("- ") and "## " not in notes and len(notes) > 200
+    wrong = subprocess.run([*command[:2], "v99.0.0"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 1 and "99.0.0" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
 def test_no_file_names_a_place_outside_the_repository():
