@@ -1395,7 +1395,7 @@ def nothing_found(trainer: Trainer) -> str | None:
         "pictures have boxes, and try a lower learning rate"
     )
 
-# %% ../nbs/10_training.ipynb #eacbdf39
+# %% ../nbs/10_training.ipynb #633ccc6e
 def mean_loss(lines: Sequence[dict[str, Any]]) -> float:
     """The last layer's loss, with the weights of Section 3.1; NaN for fewer than five lines."""
     losses = [
@@ -1423,7 +1423,7 @@ def on_its_plateau(trainer: Trainer) -> str | None:
         "ask whether the backbone has learned anything before"
     )
 
-# %% ../nbs/10_training.ipynb #b2150ef4
+# %% ../nbs/10_training.ipynb #e19840bd
 def never_found(trainer: Trainer, scores: Scores) -> str | None:
     """In the second half of a run a class with twenty boxes or more is not found, while
     another is found well.
@@ -1453,7 +1453,7 @@ def learned_something_else(trainer: Trainer, scores: Scores) -> str | None:
         "category ids and the box format of both files, and draw a few targets"
     )
 
-# %% ../nbs/10_training.ipynb #ab02e2f1
+# %% ../nbs/10_training.ipynb #4a190ccd
 def never_shown(trainer: Trainer) -> str | None:
     """A category of the annotation file has no box."""
     seen = {annotation["category_id"] for annotation in trainer.pictures.coco.anns.values()}
@@ -1633,7 +1633,7 @@ def plot_run(folder: RunFolder) -> Figure:
     above.legend(), below.legend()
     return fig
 
-# %% ../nbs/10_training.ipynb #1b26961f
+# %% ../nbs/10_training.ipynb #db1de018
 def overfit_one_batch(
     config: TrainConfig, steps: int = 300, progress: bool = True
 ) -> tuple[list[float], Scores]:
