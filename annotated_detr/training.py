@@ -1395,7 +1395,7 @@ def nothing_found(trainer: Trainer) -> str | None:
         "pictures have boxes, and try a lower learning rate"
     )
 
-# %% ../nbs/10_training.ipynb #633ccc6e
+# %% ../nbs/10_training.ipynb #1ad6776e
 def mean_loss(lines: Sequence[dict[str, Any]]) -> float:
     """The last layer's loss, with the weights of Section 3.1; NaN for fewer than five lines."""
     losses = [
@@ -1410,12 +1410,15 @@ def first_loss(trainer: Trainer) -> float:
 
 
 def on_its_plateau(trainer: Trainer) -> str | None:
-    """The loss of a run that scores nothing is after a `patience` what it was in the first
-    third.
+    """The loss of a run that scores nothing is after a `patience` nearly what it was in the
+    first third; or matched boxes still hardly overlap their targets.
     """
-    before, now = first_loss(trainer), mean_loss(lines_between(trainer, 5 / 6, 1))
+    lines, before = lines_between(trainer, 5 / 6, 1), first_loss(trainer)
     done = trainer.learner.step - trainer.config.warmup_steps >= patience(trainer)
-    if not done or trainer.progress["best"] > 0.05 or not now > 0.93 * before:
+    if not done or trainer.progress["best"] > 0.05 or math.isnan(before * mean_loss(lines)):
+        return None
+    now, giou = mean_loss(lines), sum(line["loss_giou"] for line in lines) / len(lines)
+    if now < 0.9 * before and giou < 0.7:
         return None
     return (
         f"the loss does not leave its plateau: {before:.1f} after the first fall, {now:.1f} "
