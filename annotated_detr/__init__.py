@@ -36,7 +36,7 @@ _EXPORTS = {
     "loss": ["SetCriterion", "build_criterion"],
     "evaluation": ["evaluate", "Scores"],
     "training": ["TrainConfig", "Trainer", "ModelSpec", "save_model", "load_model"],
-    "inference": ["predict", "load_detector"],
+    "inference": ["predict", "load_detector", "for_inference"],
     "pretrained": ["from_pretrained", "save_pretrained", "push_to_hub"],
     "your_pictures": ["choose_settings", "worst_mistakes"],
     "is_it_learning": ["rank_by_loss"],

@@ -123,7 +123,7 @@ def plot(run: Positional[Path], out: Path | None = None) -> None:
     figure.savefig(out, dpi=200, facecolor="white")
     print(f"drawn: {out}")
 
-# %% ../nbs/cli.ipynb #b7af9b54
+# %% ../nbs/cli.ipynb #91d042ec
 @app.command(name="eval")
 def eval_(
     model: Positional[str],
@@ -162,7 +162,7 @@ def eval_(
     pictures = data.CocoDetection(images, annotations, transforms=detector.transform)
     loader = DataLoader(pictures, batch_size, collate_fn=collate_fn)
     scorer = evaluation.collect(
-        detector.model,
+        detector.fast,
         loader,
         pictures.coco,
         detector.device,

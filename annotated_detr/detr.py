@@ -4,7 +4,7 @@
 __all__ = ['PAPER_MODELS', 'WEIGHTS_URL', 'PRESETS', 'MLP', 'DETR', 'PostProcess', 'published_weights', 'detr_resnet50',
            'detr_resnet50_dc5', 'detr_resnet101', 'detr_resnet101_dc5', 'detr_tiny']
 
-# %% ../nbs/06_detr.ipynb #4e943cee
+# %% ../nbs/06_detr.ipynb #b24f47ee
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -50,15 +50,15 @@ class MLP(nn.Module):
             x = F.relu(layer(x))
         return last(x)
 
-# %% ../nbs/06_detr.ipynb #b6b657e4
-def _autocast_off(device: torch.device) -> AbstractContextManager:
+# %% ../nbs/06_detr.ipynb #b962f070
+def autocast_off(device: torch.device) -> AbstractContextManager:
     """A region without autocast; nothing where it is off, so that no export records one."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
-# %% ../nbs/06_detr.ipynb #db5fa1a8
-def _refuse_blank_pictures(mask: Bool[Tensor, "B H W"]) -> None:
+# %% ../nbs/06_detr.ipynb #c16da777
+def refuse_blank_pictures(mask: Bool[Tensor, "B H W"]) -> None:
     """Stops before attention has to take a mean over no tokens at all."""
     if torch.compiler.is_compiling():
         return
@@ -71,7 +71,7 @@ def _refuse_blank_pictures(mask: Bool[Tensor, "B H W"]) -> None:
             "take it out of the batch, or correct its mask, which is True on padding"
         )
 
-# %% ../nbs/06_detr.ipynb #1e939867
+# %% ../nbs/06_detr.ipynb #192c6607
 class DETR(nn.Module):
     """Pictures in, a set of boxes with classes out (Section 3.2, Figure 2).
 
@@ -109,8 +109,7 @@ class DETR(nn.Module):
         self.transformer = transformer
         self.class_embed = nn.Linear(d, num_classes + 1)
         self.bbox_embed = MLP(d, d, 4, num_layers=3)
-        self.num_queries = num_queries
-        self.aux_loss = aux_loss
+        self.num_queries, self.aux_loss = num_queries, aux_loss
 
     def forward(
         self, samples: NestedTensor | list[Float[Tensor, "3 _ _"]]
@@ -127,14 +126,13 @@ class DETR(nn.Module):
         features, positions = self.backbone(samples)
         src, mask = features[-1].decompose()
         if not self.training:  # there the loss looks at the answers, and a GPU runs ahead
-            _refuse_blank_pictures(mask)
-
+            refuse_blank_pictures(mask)
         query_embed, pos = self.query_embed.weight, positions[-1]
         content = self.query_content.weight if self.query_content is not None else None
         hs, _ = self.transformer(self.input_proj(src), mask, query_embed, pos, content)
         hs = hs if self.aux_loss else hs[-1:]
         logits = self.class_embed(hs)
-        with _autocast_off(hs.device):  # bfloat16 would blur the boxes
+        with autocast_off(hs.device):  # bfloat16 would blur the boxes
             boxes = self.bbox_embed(hs.to(query_embed.dtype)).sigmoid()
 
         *earlier, last = [dict(pred_logits=c, pred_boxes=b) for c, b in zip(logits, boxes)]

@@ -25,6 +25,7 @@ HTML = ROOT / "_build" / "html"
 PICTURES = ROOT / "_build" / "screenshots"
 WIDTHS = {1280: 900, 390: 844}  # a laptop's window and a telephone's
 SLICE = 8000  # pixels: a browser draws no picture that is much higher
+SLICES = 4  # the longest pages, such as the API, are ten times as high on a telephone
 HEAVIEST = 1_500_000  # bytes
 SIDEWAYS = """() => {
   const root = document.documentElement, out = [];
@@ -92,9 +93,11 @@ SHELL = """(notebook) => {
   if (notebook) need('a[href*="colab.research.google.com"]', "button for Colab");
   return out;
 }"""
-AXE = """() => axe.run(document, { preload: false, resultTypes: ["violations"] }).then((result) => result.violations
+AXE = """(rules) => axe.run(document, { preload: false, resultTypes: ["violations"], ...(rules && { runOnly: rules }) }).then((result) => result.violations
   .filter((found) => ["serious", "critical"].includes(found.impact))
   .map((found) => `axe: ${found.help} (${found.id}), for example ${found.nodes[0].html.slice(0, 120)}`))"""
+
+COLOURS = ["color-contrast", "link-in-text-block"]  # what the dark theme can have wrong that the light one has not
 
 
 def pages(names: list[str]) -> list[str]:
@@ -143,7 +146,7 @@ def look(address: str) -> tuple[str, list[str], float]:
                 said += page.evaluate(SIDEWAYS) + page.evaluate(FIGURES)
                 if width > 1000 and (script := axe_script()):
                     page.evaluate(script)
-                    said += page.evaluate(AXE)
+                    said += page.evaluate(AXE, None if theme == "light" else COLOURS)
                 photograph(page, PICTURES / f"{Path(address).stem}-{width}-{theme}", width)
             said += [f"asks another host: {url}" for url in urls if not url.startswith(("file:", "data:", "blob:"))]
             if (heavy := weight(urls)) > HEAVIEST:
@@ -161,10 +164,10 @@ def found_something(page) -> bool:
 
 
 def photograph(page, stem: Path, width: int) -> None:
-    """The whole page as pictures below each other."""
+    """The page from its top as pictures below each other."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     height = page.evaluate("document.documentElement.scrollHeight")
-    for i, top in enumerate(range(0, height, SLICE)):
+    for i, top in enumerate(range(0, min(height, SLICES * SLICE), SLICE)):
         clip = {"x": 0, "y": top, "width": width, "height": min(SLICE, height - top)}
         page.screenshot(path=f"{stem}-{i}.jpg", type="jpeg", quality=60, full_page=True, clip=clip, animations="disabled")
 

@@ -42,16 +42,21 @@
   waiting.forEach((formula) => near.observe(formula));
   ["scroll", "pointermove", "keydown", "touchstart"].forEach((kind) => addEventListener(kind, begin, { once: true, passive: true }));
 
-  // On paper nothing can be unfolded. The book's PDF and its tests wait for this, too.
+  // On paper nothing can be unfolded, and the ground is white. The book's PDF and its tests use these, too.
   const unfold = () => document.querySelectorAll("details").forEach((fold) => (fold.open = true));
   window.annotated = {
     unfold,
     ready: () => typeset([...waiting]),
   };
+  const root = document.documentElement;
+  let theme = root.dataset.theme;
   addEventListener("beforeprint", () => {
+    theme = root.dataset.theme;
+    root.dataset.theme = "light";
     unfold();
     typeset([...waiting]);
   });
+  addEventListener("afterprint", () => (root.dataset.theme = theme));
 
   // A page from a disk may not read the other pages, from which a search shows the lines around its findings.
   if (location.protocol === "file:" && typeof DOCUMENTATION_OPTIONS !== "undefined") {
@@ -59,9 +64,8 @@
   }
 
   // What scrolls inside itself can be reached and moved with the keyboard.
-  addEventListener("load", () =>
-    document.querySelectorAll(".bd-article pre, .table-scroll, mjx-container, .output.text_html").forEach((box) => {
-      if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
-    }),
-  );
+  addEventListener("load", () => {
+    const boxes = [...document.querySelectorAll(".bd-article pre, .table-scroll, mjx-container, .output.text_html")];
+    boxes.filter((box) => box.scrollWidth > box.clientWidth + 1).forEach((box) => (box.tabIndex = 0));
+  });
 })();
