@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 find-python = for p in $(PYTHON) $(1); do \
 	  if "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo "$$p"; break; fi; done
 
-.PHONY: help book book-report test test-long test-oldest test-notebooks test-pages pdf serve lint-workflows clean lock export setup
+.PHONY: help book book-report test test-long test-oldest test-notebooks bench test-pages pdf serve lint-workflows clean lock export setup
 
 help:
 	@echo "make book            run every notebook that has changed, and build the book into _build/html"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-notebooks  run every notebook where only the built wheel is installed, as on Colab"
 	@echo "make test-pages      look at every page of the book in a browser, wide and narrow, light and dark"
 	@echo "make pdf             print the whole book into one PDF, with a browser"
+	@echo "make bench           how fast it is, against transformers and the machine"
 	@echo "make serve           show the book at http://localhost:8000; PORT=8001 for another port"
 	@echo "make export          write the package's modules from the notebooks"
 	@echo "make lint-workflows  check the workflows of .github/workflows"
@@ -68,6 +69,9 @@ $(OLDEST)/.ready: book/lock-oldest.txt pyproject.toml $(READY)
 
 test-oldest: $(OLDEST)/.ready
 	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+
+bench: $(READY)
+	@$(PY) book/bench.py
 
 test-notebooks: $(READY)
 	@$(PY) book/run_notebooks.py

@@ -50,7 +50,7 @@ def picture_name(position: int, target: dict[str, Any]) -> str:
     name = f"picture {position} of the batch"
     return f"{name} (image_id {int(target['image_id'])})" if "image_id" in target else name
 
-# %% ../nbs/07_matcher.ipynb #9f1f783e
+# %% ../nbs/07_matcher.ipynb #ba006b44
 def _check_shapes(logits: Tensor, boxes: Tensor, targets: Sequence[dict[str, Any]]) -> None:
     """Everything that is known without looking at values."""
     if logits.ndim != 3 or boxes.shape != (*logits.shape[:2], 4):
@@ -65,38 +65,41 @@ def _check_shapes(logits: Tensor, boxes: Tensor, targets: Sequence[dict[str, Any
             "for one picture or more."
         )
     for position, target in enumerate(targets):
-        name = f"The target of {picture_name(position, target)}"
-        missing = sorted({"labels", "boxes"} - target.keys())
-        if missing:
-            raise ValueError(f"{name} has no {' and no '.join(missing)}: give both.")
-        _check_target(name, target["labels"], target["boxes"], logits)
+        problem = _target_problem(target, logits)
+        if problem is not None:  # only now: reading an id would make the host wait
+            name = f"The target of {picture_name(position, target)}"
+            raise type(problem)(f"{name} {problem}")
 
-# %% ../nbs/07_matcher.ipynb #c9ee3748
-def _check_target(name: str, labels: Tensor, boxes: Tensor, logits: Tensor) -> None:
-    """Dtypes, shapes, number and device of one picture's labels and boxes."""
+# %% ../nbs/07_matcher.ipynb #5116045c
+def _target_problem(target: dict[str, Any], logits: Tensor) -> Exception | None:
+    """What is wrong with the dtypes, shapes, number and device of one picture's target."""
+    missing = sorted({"labels", "boxes"} - target.keys())
+    if missing:
+        return ValueError(f"has no {' and no '.join(missing)}: give both.")
+    labels, boxes = target["labels"], target["boxes"]
     N, n = logits.shape[1], len(labels)
     if labels.dtype != torch.int64 or not boxes.is_floating_point():
-        raise TypeError(
-            f"{name} has {labels.dtype} labels and {boxes.dtype} boxes: "
+        return TypeError(
+            f"has {labels.dtype} labels and {boxes.dtype} boxes: "
             "give labels.long() and boxes.float()."
         )
     if labels.ndim != 1 or boxes.shape != (n, 4):
-        raise ValueError(
-            f"{name} has labels of shape {list(labels.shape)} and boxes of shape "
+        return ValueError(
+            f"has labels of shape {list(labels.shape)} and boxes of shape "
             f"{list(boxes.shape)}: they must be [n] and [n, 4], "
             "and without any box [0] and [0, 4]."
         )
     if n > N:
-        raise ValueError(
-            f"{name} has {n} boxes and the model has {N} queries, each of which answers "
-            f"for one: build the model with num_queries={n} or more, or leave the picture "
-            "out."
+        return ValueError(
+            f"has {n} boxes and the model has {N} queries, each of which answers for one: "
+            f"build the model with num_queries={n} or more, or leave the picture out."
         )
     if {labels.device, boxes.device} != {logits.device}:
-        raise ValueError(
-            f"{name} is on {boxes.device} and the predictions are on {logits.device}: "
+        return ValueError(
+            f"is on {boxes.device} and the predictions are on {logits.device}: "
             "move it there first."
         )
+    return None
 
 # %% ../nbs/07_matcher.ipynb #9ae2404a
 SLACK = 1e-4  # how far rounding may carry a box over the edge, in sizes of the picture

@@ -30,6 +30,8 @@ CHAPTERS = [
     "10_training",
     "11_inference",
     "12_pretrained",
+    "13_your_pictures",
+    "14_is_it_learning",
 ]
 APPENDICES = ["scenes", "figures", "cli", "datasets"]
 GROUND_FLOOR = {"scenes": -3, "figures": -2, "datasets": -1}  # below chapter 01; each may import those before it

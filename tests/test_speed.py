@@ -3,18 +3,19 @@
 import copy
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from annotated_detr import for_inference, inference
+from annotated_detr import for_inference, inference, training
 from annotated_detr.backbone import Backbone, FrozenBatchNorm2d
 from annotated_detr.detr import DETR, PRESETS, detr_tiny
 from annotated_detr.inference import Detector, attention_maps, predict
 from annotated_detr.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from annotated_detr.positional_encoding import Joiner, PositionEmbeddingLearned, PositionEmbeddingSine
+from annotated_detr.matcher import HungarianMatcher
 from annotated_detr.transformer import Transformer
 
 K, N = 6, 11
@@ -168,3 +169,67 @@ def test_predict_uses_the_twin_and_follows_the_models_weights():
     assert model.training and (after - before).abs().max() > 0.05, "the twin answers with weights that are gone"
     assert attention_maps(detector, picture).shape == (N, 8, 12)
     assert len(predict(detector, picture, threshold=0.0)[0]) == N
+
+
+# What a step waits for. A device works through a queue; the host runs ahead of it until it asks for a value.
+
+
+class Waits(TorchDispatchMode):
+    """Notes every operation that would make the host wait for a GPU: whatever needs a value, or a size that depends on one."""
+
+    VALUES = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select", "aten::unique_consecutive"}
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.seen, self.on_host = [], False
+        copy_to_host, match_layers = torch.Tensor.cpu, HungarianMatcher.match_layers
+
+        def cpu(tensor):
+            self.seen.append("cpu")
+            self.on_host = True  # what the matcher does with its copy no longer concerns the device
+            return copy_to_host(tensor)
+
+        def match(*arguments):
+            try:
+                return match_layers(*arguments)
+            finally:
+                self.on_host = False
+
+        monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+        monkeypatch.setattr(HungarianMatcher, "match_layers", match)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        chosen = args[1] if name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_") else ()
+        by_mask = any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in chosen)
+        if (name in self.VALUES or by_mask) and not self.on_host:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1])
+def test_a_training_step_waits_for_the_device_once(monkeypatch, warmup_steps):
+    config = training.TrainConfig(warmup_steps=warmup_steps, epochs=1, device="cpu", ramp_steps=0)
+    spec = training.ModelSpec("tiny", K, N, 64, {}, {"aux_loss": True})
+    learner = training.Learner(config, spec, steps_per_epoch=10)
+    targets = [
+        {"labels": torch.tensor([1, 2]), "boxes": torch.tensor([[0.3, 0.4, 0.2, 0.2], [0.6, 0.6, 0.5, 0.3]]), "image_id": torch.tensor([7])},
+        {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4), "image_id": torch.tensor([8])},
+    ]
+    batch = nested_tensor_from_tensor_list(pictures(*PADDED))
+    training.train_step(copy.deepcopy(learner), (batch, targets))  # whatever a first step looks up
+    with Waits(monkeypatch) as waits:
+        training.train_step(learner, (batch, targets))
+    assert waits.seen == (["aten::_local_scalar_dense"] if warmup_steps else ["cpu"])
+
+
+def test_the_counter_of_waits_counts(monkeypatch):
+    with Waits(monkeypatch) as waits:
+        values = torch.arange(4)
+        bool((values > 2).any()), values[values > 2], values.cpu()
+    assert "aten::_local_scalar_dense" in waits.seen and "aten::index" in waits.seen and waits.seen[-1] == "cpu"
+
+
+def test_the_package_is_imported_without_torch():
+    code = "import sys, annotated_detr; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
