@@ -199,7 +199,7 @@ def imports_of(path: Path) -> set[str]:
             if inside:
                 found.add(inside.split(".")[0])
             else:
-                found |= {public.get(alias.name, alias.name) for alias in node.names if alias.name != "__version__"}
+                found |= {public.get(alias.name, alias.name) for alias in node.names if alias.name not in ("__version__", "versions")}
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("annotated_detr.")}
     return found
