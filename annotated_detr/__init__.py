@@ -38,6 +38,8 @@ _EXPORTS = {
     "training": ["TrainConfig", "Trainer", "ModelSpec", "save_model", "load_model"],
     "inference": ["predict", "load_detector", "for_inference"],
     "pretrained": ["from_pretrained", "save_pretrained", "push_to_hub"],
+    "your_pictures": ["choose_settings", "worst_mistakes"],
+    "is_it_learning": ["rank_by_loss"],
     "scenes": ["running_batch", "running_batch_pil", "coco_folder"],
     "datasets": ["download", "convert_voc"],
     "figures": [],

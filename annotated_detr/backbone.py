@@ -4,7 +4,7 @@
 __all__ = ['FrozenBatchNorm2d', 'BackboneBase', 'Backbone', 'has_random_frozen_layers', 'FoldedConv2d', 'fold_frozen_norms',
            'TinyBackbone', 'tensors_only', 'load_tensors', 'fetch_tensors']
 
-# %% ../nbs/03_backbone.ipynb #918840e4
+# %% ../nbs/03_backbone.ipynb #1c0e9244
 import argparse
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -7,7 +7,7 @@ __all__ = ['Target', 'PER_OBJECT', 'KINDS', 'CHANGES_FILE', 'draw_mask', 'has_ar
            'DetectionTransforms', 'make_coco_transforms', 'Finding', 'Report', 'check_dataset', 'guess_box_format',
            'Repair', 'repair']
 
-# %% ../nbs/01_data.ipynb #d5262d70
+# %% ../nbs/01_data.ipynb #5cc0c038
 import contextlib
 import io
 import itertools

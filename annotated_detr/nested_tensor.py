@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['NestedTensor', 'nested_tensor_from_tensor_list', 'collate_fn']
 
-# %% ../nbs/02_nested_tensor.ipynb #b89c347d
+# %% ../nbs/02_nested_tensor.ipynb #3f5e2737
 from typing import Any
 
 import torch

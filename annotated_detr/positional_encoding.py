@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PositionEmbeddingSine', 'PositionEmbeddingLearned', 'Joiner']
 
-# %% ../nbs/04_positional_encoding.ipynb #837b34d8
+# %% ../nbs/04_positional_encoding.ipynb #46e35d1e
 import math
 
 import torch

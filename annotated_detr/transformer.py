@@ -4,7 +4,7 @@
 __all__ = ['MultiheadAttention', 'TransformerEncoderLayer', 'TransformerEncoder', 'attention_weights', 'record_attention',
            'TransformerDecoderLayer', 'TransformerDecoder', 'Transformer']
 
-# %% ../nbs/05_transformer.ipynb #fbdadf7b
+# %% ../nbs/05_transformer.ipynb #2721928a
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

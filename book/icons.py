@@ -1,5 +1,6 @@
 """The theme brings 2,000 icons in three fonts (860 kB) and a style for each of them (90 kB); the pages show about thirty."""
 
+import logging
 import re
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def keep_what_is_shown(out: Path) -> None:
     text = RULE.sub(lambda rule: rule[0] if named & set(re.findall(r"fa-[\w-]+", rule[1])) else "", style.read_text(encoding="utf8"))
     text = SOURCE.sub(r'src:url(\g<folder>\g<name>.woff) format("woff")', text)
     style.write_text(text, encoding="utf8")
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells the build of every table
     shown = {ord(letter) for letter in text if 0xE000 <= ord(letter) <= 0xF8FF}
     shown |= {int(code, 16) for code in re.findall(r"\\([ef][0-9a-f]{3})\b", text)}
     for path in fonts.glob("*.ttf"):

@@ -30,16 +30,16 @@ ol {{ list-style: none; margin: 0; padding: 0 }} li {{ display: flex; gap: 2mm }
 <section><h2>Contents</h2>{contents}</section></body></html>"""
 
 
-def chapters() -> list[tuple[str, list[str]]]:
+def parts_of(contents: Path) -> list[tuple[str, list[str]]]:
     """The parts of the book and the addresses of their pages, in the order of the side bar."""
-    text = (ROOT / "_toc.yml").read_text(encoding="utf8")
+    text = contents.read_text(encoding="utf8")
     parts = [("", re.findall(r"^root: (\S+)", text, flags=re.M))]
     for match in re.finditer(r"caption: (.+)|file: (\S+)", text):
         if match[1]:
             parts.append((match[1].strip(), []))
         else:
             parts[-1][1].append(match[2])
-    return [(caption, [page for page in found if (HTML / f"{page}.html").exists()]) for caption, found in parts]
+    return parts
 
 
 def print_page(browser, address: str) -> tuple[str, bytes]:
@@ -116,7 +116,7 @@ def number(writer: PdfWriter, start: int) -> None:
 
 def make(file: Path) -> int:
     """Print the book into `file`; its number of pages."""
-    parts, own = chapters(), page_shell.settings()
+    parts, own = parts_of(ROOT / "_toc.yml"), page_shell.settings()
     addresses = [address for _, found in parts for address in found]
     with open_browser() as browser:
         printed = {}

@@ -30,6 +30,8 @@ CHAPTERS = [
     "10_training",
     "11_inference",
     "12_pretrained",
+    "13_your_pictures",
+    "14_is_it_learning",
 ]
 APPENDICES = ["scenes", "figures", "cli", "datasets"]
 GROUND_FLOOR = {"scenes": -3, "figures": -2, "datasets": -1}  # below chapter 01; each may import those before it
@@ -197,7 +199,7 @@ def imports_of(path: Path) -> set[str]:
             if inside:
                 found.add(inside.split(".")[0])
             else:
-                found |= {public.get(alias.name, alias.name) for alias in node.names if alias.name != "__version__"}
+                found |= {public.get(alias.name, alias.name) for alias in node.names if alias.name not in ("__version__", "versions")}
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("annotated_detr.")}
     return found
@@ -428,6 +430,44 @@ def test_the_book_is_served_compressed_and_lost_addresses_find_help(tmp_path):
         lost.value.close()
         assert lost.value.code == 404 and "No such page" in page and '<base href="/">' in page
         book.shutdown()
+
+
+def test_the_pdf_has_page_numbers_and_links_that_lead_somewhere(tmp_path, monkeypatch):
+    pypdf = pytest.importorskip("pypdf")
+    pytest.importorskip("sphinx")
+    import make_pdf
+    import page_shell
+    from pypdf.annotations import Link
+    from pypdf.generic import DecodedStreamObject, NameObject
+
+    monkeypatch.setattr(make_pdf, "HTML", tmp_path)
+    writer = pypdf.PdfWriter()
+    for _ in range(3):
+        page = writer.add_blank_page(595, 842)
+        page[NameObject("/Contents")] = writer._add_object(DecodedStreamObject())
+    for name in ("nbs/07_matcher.html", "_modules/index.html"):
+        link = Link(rect=(0, 0, 9, 9), url=f"{(tmp_path / name).as_uri()}#here")
+        writer.add_annotation(page_number=1, annotation=link)
+    make_pdf.mend_links(writer, {"nbs/07_matcher": 2})
+    make_pdf.number(writer, 1)
+    writer.write(tmp_path / "book.pdf")
+    cover, first, second = pypdf.PdfReader(tmp_path / "book.pdf").pages
+    assert [page.extract_text().strip() for page in (cover, first, second)] == ["", "2", "3"]
+    inside, outside = (note.get_object() for note in first["/Annots"])
+    assert inside["/Dest"][0].get_object() == second and "/A" not in inside
+    assert outside["/A"]["/URI"] == f"{page_shell.settings()['site']}/_modules/index.html#here"
+
+
+def test_the_pdf_has_every_page_of_the_book_in_order():
+    pytest.importorskip("pypdf")
+    pytest.importorskip("sphinx")
+    import make_pdf
+
+    parts = make_pdf.parts_of(ROOT / "_toc.yml")
+    assert parts[0] == ("", ["nbs/index"])
+    pages = [page for _, found in parts for page in found]
+    assert [page[4:] for page in pages if page.startswith("nbs/")] == ["index", *CHAPTERS, *APPENDICES]
+    assert ("Begin" in dict(parts)) and all(caption for caption, _ in parts[1:])
 
 
 def test_without_a_browser_a_sentence_says_how_to_get_one(monkeypatch, tmp_path):

@@ -324,6 +324,7 @@ def test_a_run_that_is_too_short_is_told_so_before_it_starts(tmp_path):
     assert "too few steps to learn: 6" in training.plan(start(SMALL, tmp_path / "run"))
     assert training.warn_of_few_steps("tiny", 2_000) == "" != training.warn_of_few_steps("tiny", 1_999)
     assert "weights that have learned COCO" in training.warn_of_few_steps("detr_resnet50", 5_000)
+    assert training.warn_of_few_steps("tiny", 600, finetuned=True) == "" != training.warn_of_few_steps("tiny", 400, finetuned=True)
     assert training.warn_of_few_steps("detr_resnet50", training.PAPER_STEPS) == ""
 
 
@@ -458,12 +459,14 @@ def test_a_class_that_nobody_finds_is_named_but_given_time(finished, monkeypatch
     assert training.never_found(finished, scored(WBC=(0.97, 90), platelets=(0.0, 5))) is None, "five boxes prove nothing"
 
 
-def test_a_loss_that_falls_without_any_score_is_noticed(finished, monkeypatch):
-    lines = [{"step": step, "loss_ce": 4 - step / 400, "loss_bbox": 0.1, "loss_giou": 0.5} for step in range(0, 1001, 20)]
+def test_boxes_that_fit_without_any_score_are_noticed(finished, monkeypatch):
+    lines = [{"step": step, "loss_giou": 0.3} for step in range(0, 1001, 20)]
     monkeypatch.setattr(finished, "recent", lines)
     monkeypatch.setattr(finished.learner, "step", 1000)
     assert "compare the category ids and the box format" in training.learned_something_else(finished, scored(ring=(0.0, 9)))
     assert training.learned_something_else(finished, scored(ring=(0.1, 9))) is None
+    lines[-1]["loss_giou"] = 5.0
+    assert training.learned_something_else(finished, scored(ring=(0.0, 9))) is None, "a young run scores nothing, either"
 
 
 def test_pictures_that_are_always_the_hardest_are_listed(finished, tmp_path):
