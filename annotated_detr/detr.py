@@ -4,7 +4,7 @@
 __all__ = ['PAPER_MODELS', 'WEIGHTS_URL', 'PRESETS', 'MLP', 'DETR', 'PostProcess', 'published_weights', 'detr_resnet50',
            'detr_resnet50_dc5', 'detr_resnet101', 'detr_resnet101_dc5', 'detr_tiny']
 
-# %% ../nbs/06_detr.ipynb #4e943cee
+# %% ../nbs/06_detr.ipynb #b24f47ee
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
