@@ -50,10 +50,10 @@ class MLP(nn.Module):
             x = F.relu(layer(x))
         return last(x)
 
-# %% ../nbs/06_detr.ipynb #b962f070
+# %% ../nbs/06_detr.ipynb #d2776d74
 def autocast_off(device: torch.device) -> AbstractContextManager:
     """A region without autocast; nothing where it is off, so that no export records one."""
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

@@ -138,9 +138,11 @@ def weights_file(path: str | os.PathLike) -> Path:
         "is it a run folder, and has the run saved anything yet?"
     )
 
-# %% ../nbs/11_inference.ipynb #adc0ded8
+# %% ../nbs/11_inference.ipynb #f3ba973c
 def _by_onednn(x: Tensor) -> bool:
     """Whether oneDNN's own kernels take `x`: float32 on a CPU, outside of autocast."""
+    if torch.compiler.is_compiling():  # which knows these kernels itself
+        return False
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
     return (
         on_cpu

@@ -18,7 +18,7 @@ from .nested_tensor import nested_tensor_from_tensor_list
 from .scenes import progress_bar
 from .training import RunFolder, picture_losses, to_device
 
-# %% ../nbs/14_is_it_learning.ipynb #28fd1707
+# %% ../nbs/14_is_it_learning.ipynb #ff30e224
 SIGNS = {
     "loss": "loss",
     "foreground_accuracy": "class known, %",
@@ -42,8 +42,9 @@ def draw_signs(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
                 [line[sign] for line in seen],
             )
             ax.plot(steps, values, label=name, marker="." if sign == "AP50" else None)
-        ax.set(title=title, ylim=(0, None))
-    axes[0, 0].legend()
+        ax.set(title=title, xlim=(0, None), ylim=(0, None))
+    names = axes[0, 0].get_legend_handles_labels()
+    fig.legend(*names, loc="outside upper center", ncols=2)
     axes[1, 0].set_xlabel("step"), axes[1, 1].set_xlabel("step")
     return fig
 
