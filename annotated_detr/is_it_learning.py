@@ -44,7 +44,7 @@ def draw_signs(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             ax.plot(steps, values, label=name, marker="." if sign == "AP50" else None)
         ax.set(title=title, xlim=(0, None), ylim=(0, None))
     names = axes[0, 0].get_legend_handles_labels()
-    fig.legend(*names, loc="outside upper center", ncols=2)
+    fig.legend(*names, loc="outside upper center", ncols=2, frameon=False)
     axes[1, 0].set_xlabel("step"), axes[1, 1].set_xlabel("step")
     return fig
 

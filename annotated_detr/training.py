@@ -1609,7 +1609,7 @@ def resume(path: str | Path) -> Trainer:
         folder.metrics.unlink(missing_ok=True)
     return trainer
 
-# %% ../nbs/10_training.ipynb #619eb8c6
+# %% ../nbs/10_training.ipynb #42b611fd
 def plot_run(folder: RunFolder) -> Figure:
     """Loss and scores of a run against its steps.
 
@@ -1633,7 +1633,7 @@ def plot_run(folder: RunFolder) -> Figure:
     below.set(
         ylabel="score on validation", xlabel="step", xlim=above.get_xlim(), ylim=(0, None)
     )
-    above.legend(), below.legend()
+    above.legend(frameon=False), below.legend(frameon=False)
     return fig
 
 # %% ../nbs/10_training.ipynb #db1de018

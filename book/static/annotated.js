@@ -21,9 +21,17 @@
     return engine;
   }
 
+  // What scrolls inside itself can be reached, and moved, with the keyboard.
+  function reach(boxes) {
+    [...boxes].filter((box) => box.scrollWidth > box.clientWidth + 1).forEach((box) => (box.tabIndex = 0));
+  }
+
   function typeset(formulas) {
     const now = formulas.filter((formula) => waiting.delete(formula));
-    if (now.length) queue = queue.then(start).then(() => window.MathJax.typesetPromise(now));
+    if (now.length) {
+      queue = queue.then(start).then(() => window.MathJax.typesetPromise(now));
+      queue = queue.then(() => reach(now.flatMap((formula) => [...formula.querySelectorAll("mjx-container")])));
+    }
     return queue;
   }
 
@@ -63,9 +71,5 @@
     DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
   }
 
-  // What scrolls inside itself can be reached and moved with the keyboard.
-  addEventListener("load", () => {
-    const boxes = [...document.querySelectorAll(".bd-article pre, .table-scroll, mjx-container, .output.text_html")];
-    boxes.filter((box) => box.scrollWidth > box.clientWidth + 1).forEach((box) => (box.tabIndex = 0));
-  });
+  addEventListener("load", () => reach(document.querySelectorAll(".bd-article pre, .table-scroll, .output.text_html")));
 })();
