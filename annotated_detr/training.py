@@ -14,7 +14,7 @@ __all__ = ['PAPER', 'RECIPES', 'FINETUNE_RECIPES', 'PATIENCE', 'PAPER_PATIENCE',
            'always_hardest', 'watch', 'warn_of_few_steps', 'warn_of_batch', 'plan', 'start', 'resume', 'plot_run',
            'overfit_one_batch']
 
-# %% ../nbs/10_training.ipynb #d7f4e66d
+# %% ../nbs/10_training.ipynb #fd550270
 import contextlib
 import io
 import itertools
@@ -38,8 +38,9 @@ from jaxtyping import Bool, Float, Int64
 from matplotlib.figure import Figure
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.ops import box_convert, generalized_box_iou_loss
+from torchvision.ops import box_convert
 from tqdm import tqdm
 from tyro.conf import Suppress
 
@@ -67,6 +68,7 @@ from annotated_detr.loss import (
     no_object_share,
     step_normalizer,
 )
+from .matcher import paired_giou
 from .nested_tensor import NestedTensor, collate_fn
 from .scenes import progress_bar, write_atomically
 
@@ -456,35 +458,28 @@ def cell_centres(mask: Bool[Tensor, "B H W"]) -> Float[Tensor, "B H W 2"]:
         [columns / width[:, None, None], rows / height[:, None, None]], dim=-1
     )
 
-# %% ../nbs/10_training.ipynb #6706ff9d
+# %% ../nbs/10_training.ipynb #72bafa3b
 def dense_targets(
     centres: Float[Tensor, "B H W 2"], targets: Sequence[dict[str, Any]], num_classes: int
 ) -> tuple[Int64[Tensor, "B H W"], Float[Tensor, "B H W 4"]]:
     """Class and x0y0x1y1 box of the smallest box that covers each cell's centre; class
     `num_classes` where there is none.
     """
-    labels = torch.full(centres.shape[:3], num_classes, device=centres.device)
-    boxes = torch.zeros(*centres.shape[:3], 4, device=centres.device)
-    for picture, target in enumerate(targets):
-        if len(target["labels"]) == 0:
-            continue
-        corners, points = (
-            box_convert(target["boxes"], "cxcywh", "xyxy"),
-            centres[picture].unsqueeze(2),
-        )
-        covers = ((points > corners[:, :2]) & (points < corners[:, 2:])).all(-1)
-        areas = (
-            target["boxes"][:, 2:]
-            .prod(-1)
-            .expand(covers.shape)
-            .masked_fill(~covers, math.inf)
-        )
-        smallest, covered = areas.argmin(-1), covers.any(-1)
-        labels[picture][covered] = target["labels"][smallest][covered]
-        boxes[picture][covered] = corners[smallest][covered]
-    return labels, boxes
+    # After the boxes of each picture comes one more, of class K, for cells that are free.
+    labels = [F.pad(target["labels"], (0, 1), value=num_classes) for target in targets]
+    labels = pad_sequence(labels, batch_first=True, padding_value=num_classes)
+    boxes = [F.pad(target["boxes"], (0, 0, 0, 1), value=0.5) for target in targets]
+    boxes = pad_sequence(boxes, batch_first=True, padding_value=0.5)
+    corners, points = box_convert(boxes, "cxcywh", "xyxy"), centres.unsqueeze(3)
+    low, high = corners[:, None, None].split(2, dim=-1)
+    covers = ((points > low) & (points < high)).all(-1)
+    covers &= (labels < num_classes)[:, None, None]
+    areas = (boxes[..., 2] * boxes[..., 3])[:, None, None].masked_fill(~covers, math.inf)
+    smallest = torch.where(covers.any(-1), areas.argmin(-1), labels.shape[1] - 1)
+    picture = torch.arange(len(targets), device=centres.device)[:, None, None]
+    return labels[picture, smallest], corners[picture, smallest]
 
-# %% ../nbs/10_training.ipynb #e9f1c145
+# %% ../nbs/10_training.ipynb #f21178bc
 class DenseHead(nn.Module):
     """A class and a box for every cell of a feature map: a teacher, thrown away after use."""
 
@@ -514,13 +509,15 @@ class DenseHead(nn.Module):
         2 · (1 - GIoU), halved, over the cells that a box covers.
         """
         labels, corners = dense_targets(cell_centres(mask), targets, self.num_classes)
+        # Every cell is compared, and those that do not count are given no weight: choosing
+        # them first would make the host wait for the device to say how many there are.
+        told, true = boxes.float(), box_convert(corners, "xyxy", "cxcywh")
+        giou = paired_giou(box_convert(told, "cxcywh", "xyxy"), corners)
+        box_loss = 2.5 * (told - true).abs().sum(-1) + 1 - giou
         covered = (labels < self.num_classes) & ~mask
-        told, true = boxes[covered].float(), corners[covered]
-        distance = F.l1_loss(told, box_convert(true, "xyxy", "cxcywh"), reduction="sum")
-        told = box_convert(told, "cxcywh", "xyxy")
-        giou = generalized_box_iou_loss(told, true, reduction="sum")
-        box_loss = (2.5 * distance + giou) / covered.sum().clamp(min=1)
-        return F.cross_entropy(logits[~mask].float(), labels[~mask]) + box_loss
+        box_loss = (box_loss * covered).sum() / covered.sum().clamp(min=1)
+        classes = labels.masked_fill(mask, -100).flatten()  # which cross_entropy leaves out
+        return F.cross_entropy(logits.float().flatten(0, 2), classes) + box_loss
 
 # %% ../nbs/10_training.ipynb #537defea
 class Lesson(nn.Module):
@@ -815,7 +812,7 @@ def train_step(
     rate = learner.optimizer.param_groups[0]["lr"]
     return {"phase": phase, **logged, "grad_norm": norm, "lr": rate}
 
-# %% ../nbs/10_training.ipynb #7d17d558
+# %% ../nbs/10_training.ipynb #ea108cf8
 def without_averaging(task: nn.Module) -> contextlib.AbstractContextManager:
     """Processes wait for each other's gradients only at the last part of a step."""
     parallel = isinstance(task, DistributedDataParallel)
@@ -832,7 +829,8 @@ def finite_losses(
     problem = None
     try:
         losses = batch_losses(learner, samples, targets, normalizer)
-        if losses["loss"].isfinite():
+        # The criterion has looked at the answers; asking again would be one more wait.
+        if not learner.warming_up or losses["loss"].isfinite():
             return losses
     except ValueError as error:  # the criterion refuses answers that are not finite
         problem = error
@@ -992,7 +990,7 @@ def restore_checkpoint(folder: RunFolder, learner: Learner) -> dict[str, float]:
         write_atomically(folder.metrics, text.encode())
     return state["progress"]
 
-# %% ../nbs/10_training.ipynb #9c4c02e6
+# %% ../nbs/10_training.ipynb #4a19b302
 @torch.no_grad()
 def vital_signs(
     criterion: SetCriterion, answers: dict[str, Any], targets: Sequence[dict[str, Any]]
@@ -1030,7 +1028,7 @@ def picture_losses(
     answered = logits[matched.picture, matched.query]
     losses = F.cross_entropy(answered, labels, reduction="none")
     losses = losses + 5 * (found - true).abs().sum(1)
-    losses = losses + 2 * generalized_box_iou_loss(*corners, reduction="none")
+    losses = losses + 2 * (1 - paired_giou(*corners))
     sums = losses.new_zeros(len(targets)).index_add(0, matched.picture, losses)
     return sums / torch.bincount(matched.picture, minlength=len(targets)).clamp(min=1)
 
@@ -1045,7 +1043,7 @@ def open_board(folder: RunFolder, step: int) -> Any:
         ) from error
     return SummaryWriter(folder.path / "tensorboard", purge_step=step)
 
-# %% ../nbs/10_training.ipynb #d04a6184
+# %% ../nbs/10_training.ipynb #0d1b785c
 class Trainer:
     """A run: its pictures, its learner, its folder. `start` and `resume` open one, `fit`
     trains to the end.
@@ -1087,10 +1085,10 @@ class Trainer:
         """
         learner, seconds = self.learner, round(self.progress["seconds"], 2)
         epoch = round(learner.step / learner.steps_per_epoch, 3)
-        line = {"step": learner.step, "epoch": epoch, "seconds": seconds} | {
-            name: value.item() if isinstance(value, Tensor) else value
-            for name, value in numbers.items()
-        }
+        line = {"step": learner.step, "epoch": epoch, "seconds": seconds} | numbers
+        tensors = {k: v.float() for k, v in numbers.items() if isinstance(v, Tensor)}
+        if tensors:  # one copy from the device for all of them
+            line |= zip(tensors, torch.stack([*tensors.values()]).tolist())
         if self.rank == 0:
             self.folder.append(line)
             if self.config.tensorboard:
