@@ -169,11 +169,11 @@ def has_random_frozen_layers(module: nn.Module) -> bool:
         if isinstance(layer, FrozenBatchNorm2d)
     )
 
-# %% ../nbs/03_backbone.ipynb #d8736b80
+# %% ../nbs/03_backbone.ipynb #383193c5
 class FoldedConv2d(nn.Conv2d):
     """A convolution that does the work of the frozen norm behind it."""
 
-    norm: tuple[FrozenBatchNorm2d]  # in a tuple, so that its buffers keep their one name
+    norm: tuple[FrozenBatchNorm2d]  # in a tuple: as a plain attribute its buffers would be saved twice
 
     def forward(self, x: Float[Tensor, "B C _ _"]) -> Float[Tensor, "B _ _ _"]:
         """The norm's output: its scale multiplies the weight, its shift is the bias."""

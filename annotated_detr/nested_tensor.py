@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-# %% ../nbs/02_nested_tensor.ipynb #8f7fa316
+# %% ../nbs/02_nested_tensor.ipynb #b63dae47
 class NestedTensor:
     """Pictures (or features) padded to one size, and a mask that says what is padding.
 
@@ -54,7 +54,9 @@ class NestedTensor:
         return NestedTensor(tensors, self.mask.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "NestedTensor":
-        """A copy in page-locked memory. `DataLoader`s with `pin_memory=True` call this."""
+        """A copy in page-locked memory, from which a GPU copies while the CPU goes on;
+        `DataLoader`s with `pin_memory=True` call this.
+        """
         return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory())
 
     def decompose(self) -> tuple[Float[Tensor, "B C H0 W0"], Bool[Tensor, "B H0 W0"]]:
