@@ -117,7 +117,7 @@ def no_object_share(logits: Float[Tensor, "B N classes"]) -> Float[Tensor, ""]:
     """Percentage of all queries whose highest score is no-object."""
     return 100 * (logits.argmax(-1) == logits.shape[-1] - 1).float().mean()
 
-# %% ../nbs/08_loss.ipynb #d0707554
+# %% ../nbs/08_loss.ipynb #d2dcb0de
 class Normalizer(NamedTuple):
     """What the losses of one optimiser step are divided by."""
 
@@ -133,7 +133,8 @@ def step_normalizer(
     """Count the true boxes and add up the class weights of a whole optimiser step.
 
     Of several processes, each gets the sum over all of them divided by their number:
-    gradients that are averaged over processes then equal those of one process that saw all.
+    processes average their gradients where the loss wants the sum, so this makes them equal
+    to those of one process that saw all.
 
     Args:
         targets: of all pictures that this process sees in the step, in all micro-batches.
