@@ -136,7 +136,8 @@ def look(address: str) -> tuple[str, list[str], float]:
             page.on("request", lambda request: urls.add(request.url))
             page.on("console", lambda message: said.append(f"the console says: {message.text}") if message.type == "error" else None)
             page.on("pageerror", lambda error: said.append(f"a script fails: {error}"))
-            page.on("requestfailed", lambda request: said.append(f"{request.url[:120]} was not loaded"))
+            # "Aborted" is a load that a step to the next page cut off; a file that is not there fails in other words.
+            page.on("requestfailed", lambda request: said.append(f"{request.url[:120]} was not loaded") if request.failure != "net::ERR_ABORTED" else None)
             page.goto((HTML / address).as_uri())
             if "search.html" in address:
                 said += [] if found_something(page) else ["a search for “matcher” finds nothing"]
