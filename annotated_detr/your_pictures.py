@@ -19,7 +19,7 @@ from .data import CocoDetection
 from .evaluation import CocoScorer
 from .training import FINETUNE_RECIPES, FinetuneConfig
 
-# %% ../nbs/13_your_pictures.ipynb #69e367a9
+# %% ../nbs/13_your_pictures.ipynb #0df11bca
 def choose_settings(
     pictures: CocoDetection, steps: int = 2_000, batch_size: int = 8
 ) -> FinetuneConfig:
@@ -48,11 +48,6 @@ def choose_settings(
         size=min(256, max(96, 32 * math.ceil(10 / max(small, 1e-3) / 32))),
         epochs=math.ceil(steps / math.ceil(len(pictures) / batch_size)),
         batch_size=batch_size,
-        lr=5e-4,
-        lr_backbone=5e-4,
-        ramp_steps=100,
-        color_jitter=0.3,
-        multi_scale=False,
     )
 
 # %% ../nbs/13_your_pictures.ipynb #d287643a
