@@ -14,7 +14,7 @@ __all__ = ['PAPER', 'RECIPES', 'FINETUNE_RECIPES', 'PATIENCE', 'PAPER_PATIENCE',
            'always_hardest', 'watch', 'warn_of_few_steps', 'warn_of_batch', 'plan', 'start', 'resume', 'plot_run',
            'overfit_one_batch']
 
-# %% ../nbs/10_training.ipynb #fd550270
+# %% ../nbs/10_training.ipynb #3619773c
 import contextlib
 import io
 import itertools
@@ -34,6 +34,7 @@ import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from jaxtyping import Bool, Float, Int64
 from matplotlib.figure import Figure
 from torch import Tensor, distributed, nn
@@ -110,7 +111,7 @@ class DataConfig:
     group_by_aspect: bool = False
     num_workers: int = 0
 
-# %% ../nbs/10_training.ipynb #85e3b373
+# %% ../nbs/10_training.ipynb #e0ce4570
 @dataclass(frozen=True)
 class TrainConfig(DataConfig):
     """Everything that decides a training run. The defaults are the recipe for `tiny`;
@@ -153,8 +154,8 @@ class TrainConfig(DataConfig):
     num_queries: int = 16
     model_options: Suppress[dict[str, Any]] = field(default_factory=dict)
     backbone_weights: str | None = None
-    epochs: int = 10
-    batch_size: int = 16
+    epochs: int = 6
+    batch_size: int = 8
     accumulate: int = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     lr: float = 1e-3
@@ -164,7 +165,7 @@ class TrainConfig(DataConfig):
     schedule: Literal["step", "cosine"] = "cosine"
     lr_drop: int = 0
     ramp_steps: int = 200
-    warmup_steps: int = 800
+    warmup_steps: int = 1_200
     dense_weight: float = 1.0
     no_object_weight: float = 0.2
     seed: int = 0
@@ -198,7 +199,7 @@ RECIPES = {
     for name in PRESETS
 }
 
-# %% ../nbs/10_training.ipynb #cd851065
+# %% ../nbs/10_training.ipynb #46627a36
 @dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
     """A `TrainConfig` for a model that has learned already.
@@ -213,10 +214,10 @@ class FinetuneConfig(TrainConfig):
 
 
 def for_finetuning(recipe: TrainConfig) -> FinetuneConfig:
-    """The recipe with a lower rate, smaller batches and no start of its own."""
+    """The recipe with a lower rate, small batches and no start of its own."""
     changes = {"schedule": "cosine", "warmup_steps": 0, "backbone_weights": None}
     if recipe.model == "tiny":
-        changes |= {"size": 128, "batch_size": 8, "lr": 5e-4, "lr_backbone": 5e-4}
+        changes |= {"size": 128, "lr": 5e-4, "lr_backbone": 5e-4}
         changes |= {"ramp_steps": 100, "epochs": 80, "color_jitter": 0.3}
     else:
         changes |= {"batch_size": 4, "lr": 5e-5, "lr_backbone": 5e-6}
@@ -846,7 +847,7 @@ def finite_losses(
         "learning rate"
     )
 
-# %% ../nbs/10_training.ipynb #fd293782
+# %% ../nbs/10_training.ipynb #cff1e37e
 class RunFolder:
     """The files of a run: config.json, metrics.jsonl, and in checkpoints/ the states and
     last and best .safetensors.
@@ -858,6 +859,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.safetensors"
         self.best = self.checkpoints / "best.safetensors"
+        self.lock: FileLock | None = None
 
     @property
     def states(self) -> list[Path]:
@@ -911,7 +913,23 @@ class RunFolder:
         whole = [json.loads(line) for line in lines if line.endswith("}")]
         return [line for line in whole if phase in (None, line["phase"])]
 
-# %% ../nbs/10_training.ipynb #a479151f
+# %% ../nbs/10_training.ipynb #261a52ae
+def claim(folder: RunFolder) -> None:
+    """Locks the folder for this process as long as `folder` lives; raises BlockingIOError if
+    another process trains in it.
+    """
+    folder.lock = FileLock(folder.path / ".lock", is_singleton=True)
+    try:
+        folder.lock.acquire(timeout=0)
+    except Timeout:
+        raise BlockingIOError(
+            f"another process is training in {folder.path}, and two would overwrite each "
+            "other: stop that one, or wait for its end"
+        ) from None
+    except NotImplementedError:
+        pass  # a file system that knows no locks
+
+
 @contextlib.contextmanager
 def writing_into(folder: RunFolder, what: str) -> Iterator[None]:
     """Turns the system's refusal to write, inside the `with` block, into a sentence."""
@@ -1564,7 +1582,7 @@ def plan(trainer: Trainer) -> str:
         + warn_of_batch(config)
     )
 
-# %% ../nbs/10_training.ipynb #e7c361a7
+# %% ../nbs/10_training.ipynb #6a74c8b5
 def start(config: TrainConfig, path: str | Path, model: DETR | None = None) -> Trainer:
     """Opens a new run in a new or empty folder.
 
@@ -1583,6 +1601,7 @@ def start(config: TrainConfig, path: str | Path, model: DETR | None = None) -> T
     trainer = Trainer(config, folder, (lambda spec: model) if model else None)
     if trainer.rank == 0:
         folder.create(config)
+        claim(folder)
         if model is not None:
             trainer.save()  # resuming must find these weights, from the first step on
     return trainer
@@ -1590,7 +1609,8 @@ def start(config: TrainConfig, path: str | Path, model: DETR | None = None) -> T
 
 def resume(path: str | Path) -> Trainer:
     """Opens a run where its last checkpoint left it; one that was stopped before its first
-    begins again.
+    begins again. Raises what `RunFolder.read_config`, `claim` and
+    `restore_checkpoint` raise.
     """
     folder = RunFolder(path)
     config = folder.read_config()
@@ -1598,6 +1618,8 @@ def resume(path: str | Path) -> Trainer:
         raise ValueError(
             f"{folder.path} was stopped before its weights were written: start it again in a new folder"
         )
+    if process_number()[0] == 0:
+        claim(folder)
     trainer = Trainer(config, folder, ModelSpec.build if folder.states else None)
     if folder.states:
         trainer.progress = restore_checkpoint(folder, trainer.learner)

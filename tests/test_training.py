@@ -286,6 +286,30 @@ def test_resuming_what_is_no_run_says_so(tmp_path):
         resume(tmp_path)
 
 
+HOLD = """
+import sys, time
+from filelock import FileLock
+FileLock(sys.argv[1]).acquire()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_run_that_another_process_trains_is_left_alone(finished, tmp_path):
+    shutil.copytree(finished.folder.path, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != ".lock"}
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run" / ".lock")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError, match="another process is training in .*run"):
+            resume(tmp_path / "run")
+        assert before == {path: path.read_bytes() for path in before}
+    finally:
+        other.kill()
+        other.wait()
+    assert resume(tmp_path / "run").learner.step == finished.learner.step  # a kill leaves no lock behind
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, tmp_path, capsys):
     shutil.copytree(finished.folder.path, tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
