@@ -111,7 +111,7 @@ class DataConfig:
     group_by_aspect: bool = False
     num_workers: int = 0
 
-# %% ../nbs/10_training.ipynb #e0ce4570
+# %% ../nbs/10_training.ipynb #37eb0c96
 @dataclass(frozen=True)
 class TrainConfig(DataConfig):
     """Everything that decides a training run. The defaults are the recipe for `tiny`;
@@ -120,8 +120,7 @@ class TrainConfig(DataConfig):
     Attributes:
         model: Name of the model, a key of `annotated_detr.detr.PRESETS`.
         num_queries: Object queries: the most boxes that one picture can receive.
-        model_options: Further arguments of the model, such as its number of layers; from
-            Python only.
+        model_options: Further arguments of the model; from Python only.
         backbone_weights: Where the backbone of a paper model starts: a torchvision name
             such as IMAGENET1K_V1, or a file.
         epochs: Passes over the training pictures.
@@ -139,8 +138,8 @@ class TrainConfig(DataConfig):
         ramp_steps: Steps over which the rate first rises from zero.
         warmup_steps: Steps in which a dense head teaches a random backbone and encoder
             before DETR starts; see `DenseHead`.
-        dense_weight: Weight of the dense head's loss beside DETR's from then on; falls to
-            zero along the run.
+        dense_weight: Weight of the dense head's loss from then on; it falls to zero.
+        class_weight: Weight of the class in cost and loss; L1 has 5 and GIoU 2.
         no_object_weight: Weight of the no-object class in the classification loss.
         seed: Seed of weights, order, augmentation and dropout.
         eval_every: Epochs between two scorings.
@@ -154,7 +153,7 @@ class TrainConfig(DataConfig):
     num_queries: int = 16
     model_options: Suppress[dict[str, Any]] = field(default_factory=dict)
     backbone_weights: str | None = None
-    epochs: int = 6
+    epochs: int = 5
     batch_size: int = 8
     accumulate: int = 1
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -165,8 +164,9 @@ class TrainConfig(DataConfig):
     schedule: Literal["step", "cosine"] = "cosine"
     lr_drop: int = 0
     ramp_steps: int = 200
-    warmup_steps: int = 1_200
+    warmup_steps: int = 3_000
     dense_weight: float = 1.0
+    class_weight: float = 2.0
     no_object_weight: float = 0.2
     seed: int = 0
     eval_every: int = 1
@@ -175,7 +175,7 @@ class TrainConfig(DataConfig):
     tensorboard: bool = False
     device: str = "auto"
 
-# %% ../nbs/10_training.ipynb #0e53a34d
+# %% ../nbs/10_training.ipynb #75087e72
 PAPER = TrainConfig(
     num_queries=100,
     backbone_weights="IMAGENET1K_V1",
@@ -191,6 +191,7 @@ PAPER = TrainConfig(
     ramp_steps=0,
     warmup_steps=0,
     dense_weight=0.0,
+    class_weight=1.0,
     no_object_weight=0.1,
     num_workers=4,
 )
@@ -646,7 +647,7 @@ def processes() -> Iterator[None]:
     finally:
         distributed.destroy_process_group()
 
-# %% ../nbs/10_training.ipynb #4ad511d8
+# %% ../nbs/10_training.ipynb #12ce907f
 class Learner:
     """The part of a run that lives in memory: model, dense head, optimiser, and the step
     they are at.
@@ -678,7 +679,7 @@ class Learner:
         self.lesson = Lesson(self.model, spec.num_classes).to(self.device)
         layers = len(self.model.transformer.decoder.layers)
         self.criterion = build_criterion(
-            spec.num_classes, layers, config.no_object_weight
+            spec.num_classes, layers, config.no_object_weight, config.class_weight
         ).to(self.device)
         self.step = 0
         self.start_phase()

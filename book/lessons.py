@@ -1,4 +1,4 @@
-"""What `tiny` owes to small batches and to its lessons: the same short run on scenes, with one thing more left out each time.
+"""What `tiny` owes to small batches, a long warm-up and its lessons: the same short run on scenes, with one thing more left out each time.
 
     python book/lessons.py FOLDER    about 7 minutes a run on one CPU core; writes annotated_detr/lessons.json
 
@@ -16,10 +16,10 @@ from pathlib import Path
 from annotated_detr import training
 
 RECIPE = training.TrainConfig(scenes=4_000, val_scenes=200, epochs=5)
-LARGER = replace(RECIPE, batch_size=16, warmup_steps=800)
+LARGER = replace(RECIPE, batch_size=16, warmup_steps=800, class_weight=1.0)
 RUNS = {
     "the recipe": RECIPE,
-    "batches of 16": LARGER,
+    "batches of 16, a short warm-up": LARGER,
     "and no lesson beside DETR": replace(LARGER, dense_weight=0.0),
     "and no warm-up": replace(LARGER, dense_weight=0.0, warmup_steps=0),
     "and queries that start from zeros": replace(LARGER, dense_weight=0.0, warmup_steps=0, model_options={"learned_content": False}),

@@ -6,6 +6,7 @@ A run that is done is not repeated, so the script can be stopped and started aga
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -21,10 +22,11 @@ from torch.nn.utils import parametrize
 
 from annotated_detr import pretrained, training
 from annotated_detr.detr import PostProcess
+from annotated_detr.inference import weights_file
 from annotated_detr.nested_tensor import nested_tensor_from_tensor_list
 
 RECIPE = training.TrainConfig(
-    scenes=500, val_scenes=40, size=64, batch_size=4, epochs=9, lr=5e-4, lr_backbone=5e-4, warmup_steps=0, ramp_steps=100,
+    scenes=500, val_scenes=40, size=64, batch_size=4, epochs=9, lr=5e-4, lr_backbone=5e-4, warmup_steps=0, ramp_steps=100, class_weight=1.0,
     eval_every=3, save_every=2_000, device="cpu",
 )
 START = "tiny-scenes"  # with a fresh class head, as for classes that it does not know
@@ -206,7 +208,8 @@ def main() -> None:
     results = {
         "command": "python book/sick_runs.py runs/sick",
         "seed": RECIPE.seed,
-        "recipe": {"start": START} | {name: getattr(RECIPE, name) for name in ("scenes", "size", "batch_size", "lr")},
+        "recipe": {"start": START, "start_sha256": hashlib.sha256(weights_file(START).read_bytes()).hexdigest()}
+        | {name: getattr(RECIPE, name) for name in ("scenes", "size", "batch_size", "lr")},
         "hardware": f"one thread of {os.cpu_count()} shared CPU cores ({platform.machine()})",
         "runs": runs,
     }

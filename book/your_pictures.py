@@ -7,6 +7,7 @@ goes on, so the script can be killed and started again; `--only NAME` makes one 
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -19,10 +20,11 @@ from typing import Any
 from annotated_detr import pretrained, training
 from annotated_detr.data import CocoDetection
 from annotated_detr.evaluation import evaluate
+from annotated_detr.inference import weights_file
 
 FINE_TUNED = training.TrainConfig(
     num_queries=40, size=128, batch_size=8, lr=5e-4, lr_backbone=5e-4, warmup_steps=0, ramp_steps=100, epochs=80, eval_every=10,
-    color_jitter=0.3, vertical_flip=True, device="cpu",
+    color_jitter=0.3, vertical_flip=True, class_weight=1.0, device="cpu",
 )
 SCRATCH = replace(FINE_TUNED, warmup_steps=520, epochs=60)  # of the same 2,080 steps a quarter is the warm-up
 EPOCHS = {20: 347, 50: 149, 100: 80, 205: 40}  # number of pictures → epochs, for 1,040 steps in batches of 8
@@ -95,7 +97,8 @@ def study(data: Path, folder: Path, name: str) -> dict[str, Any]:
     training.fit(trainer)
     changed = {key: value for key, value in asdict(config).items() if value != asdict(training.TrainConfig())[key]}
     return {
-        "start": source, "pictures": len(trainer.pictures), "seed": config.seed, "steps": trainer.learner.steps,
+        "start": source, "start_sha256": source and hashlib.sha256(weights_file(source).read_bytes()).hexdigest(),
+        "pictures": len(trainer.pictures), "seed": config.seed, "steps": trainer.learner.steps,
         "settings": changed, "minutes": round(trainer.progress["seconds"] / 60, 1), "test": test_scores(trainer, data),
         "validation": [
             {key: round(line[key], 4) for key in ("step", "AP", "AP50")} for line in trainer.folder.read_metrics("validation")
