@@ -848,7 +848,7 @@ def finite_losses(
         "learning rate"
     )
 
-# %% ../nbs/10_training.ipynb #cff1e37e
+# %% ../nbs/10_training.ipynb #fd293782
 class RunFolder:
     """The files of a run: config.json, metrics.jsonl, and in checkpoints/ the states and
     last and best .safetensors.
@@ -860,7 +860,6 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.safetensors"
         self.best = self.checkpoints / "best.safetensors"
-        self.lock: FileLock | None = None
 
     @property
     def states(self) -> list[Path]:
@@ -914,14 +913,16 @@ class RunFolder:
         whole = [json.loads(line) for line in lines if line.endswith("}")]
         return [line for line in whole if phase in (None, line["phase"])]
 
-# %% ../nbs/10_training.ipynb #261a52ae
-def claim(folder: RunFolder) -> None:
-    """Locks the folder for this process as long as `folder` lives; raises BlockingIOError if
-    another process trains in it.
+# %% ../nbs/10_training.ipynb #afac0d73
+@contextlib.contextmanager
+def claimed(folder: RunFolder) -> Iterator[None]:
+    """Inside the `with` block no other process trains in the folder; BlockingIOError if one
+    does already. Of several processes of one run the first one claims it.
     """
-    folder.lock = FileLock(folder.path / ".lock", is_singleton=True)
+    lock = FileLock(folder.path / ".lock")
     try:
-        folder.lock.acquire(timeout=0)
+        if process_number()[0] == 0:
+            lock.acquire(timeout=0)
     except Timeout:
         raise BlockingIOError(
             f"another process is training in {folder.path}, and two would overwrite each "
@@ -929,6 +930,10 @@ def claim(folder: RunFolder) -> None:
         ) from None
     except NotImplementedError:
         pass  # a file system that knows no locks
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager
@@ -1286,7 +1291,7 @@ def try_largest_batch(trainer: Trainer) -> str:
             value.copy_(buffers[name])
     return f"the largest batch fits: {what}"
 
-# %% ../nbs/10_training.ipynb #b2dbab72
+# %% ../nbs/10_training.ipynb #2ecbcd60
 def is_time_to_score(learner: Learner) -> bool:
     """Whether the step just made was an epoch's last, and the epoch one to be scored."""
     config, done = learner.config, learner.step - learner.config.warmup_steps
@@ -1305,16 +1310,15 @@ def fit(trainer: Trainer, progress: bool = True) -> None:
     Raises:
         FloatingPointError: if a loss is not finite; the batch is saved in the run's folder.
         MemoryError: if the largest batch does not fit into a GPU's memory.
-        OSError: if the run's folder cannot be written into.
+        OSError: if the run's folder cannot be written into, or another process trains in it.
     """
     config, learner = trainer.config, trainer.learner
     before, begun = trainer.progress["seconds"], time.perf_counter()
     loader = iter(batches(trainer))
     watch(trainer, never_shown)
     shown = progress and trainer.rank == 0
-    with progress_bar(
-        shown=shown, total=learner.steps, initial=learner.step, unit="step"
-    ) as bar:
+    steps = {"total": learner.steps, "initial": learner.step, "unit": "step"}
+    with claimed(trainer.folder), progress_bar(shown=shown, **steps) as bar:
         if learner.device.type == "cuda" and learner.step < learner.steps:
             bar.write(try_largest_batch(trainer))
         while learner.step < learner.steps:
@@ -1583,7 +1587,7 @@ def plan(trainer: Trainer) -> str:
         + warn_of_batch(config)
     )
 
-# %% ../nbs/10_training.ipynb #6a74c8b5
+# %% ../nbs/10_training.ipynb #857f0e24
 def start(config: TrainConfig, path: str | Path, model: DETR | None = None) -> Trainer:
     """Opens a new run in a new or empty folder.
 
@@ -1602,7 +1606,6 @@ def start(config: TrainConfig, path: str | Path, model: DETR | None = None) -> T
     trainer = Trainer(config, folder, (lambda spec: model) if model else None)
     if trainer.rank == 0:
         folder.create(config)
-        claim(folder)
         if model is not None:
             trainer.save()  # resuming must find these weights, from the first step on
     return trainer
@@ -1610,7 +1613,7 @@ def start(config: TrainConfig, path: str | Path, model: DETR | None = None) -> T
 
 def resume(path: str | Path) -> Trainer:
     """Opens a run where its last checkpoint left it; one that was stopped before its first
-    begins again. Raises what `RunFolder.read_config`, `claim` and
+    begins again. Raises what `RunFolder.read_config`, `claimed` and
     `restore_checkpoint` raise.
     """
     folder = RunFolder(path)
@@ -1619,11 +1622,10 @@ def resume(path: str | Path) -> Trainer:
         raise ValueError(
             f"{folder.path} was stopped before its weights were written: start it again in a new folder"
         )
-    if process_number()[0] == 0:
-        claim(folder)
     trainer = Trainer(config, folder, ModelSpec.build if folder.states else None)
     if folder.states:
-        trainer.progress = restore_checkpoint(folder, trainer.learner)
+        with claimed(folder):
+            trainer.progress = restore_checkpoint(folder, trainer.learner)
         trainer.recent.extend(folder.read_metrics("detr"))
         trainer.warned.update(line["about"] for line in folder.read_metrics("warning"))
     elif trainer.rank == 0:

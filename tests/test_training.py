@@ -289,7 +289,8 @@ def test_resuming_what_is_no_run_says_so(tmp_path):
 HOLD = """
 import sys, time
 from filelock import FileLock
-FileLock(sys.argv[1]).acquire()
+lock = FileLock(sys.argv[1])
+lock.acquire()
 print("held", flush=True)
 time.sleep(600)
 """
@@ -303,10 +304,12 @@ def test_a_run_that_another_process_trains_is_left_alone(finished, tmp_path):
         assert other.stdout.readline() == "held\n"
         with pytest.raises(BlockingIOError, match="another process is training in .*run"):
             resume(tmp_path / "run")
+        with pytest.raises(BlockingIOError, match="another process is training in .*run"):
+            fit(training.Trainer(finished.config, RunFolder(tmp_path / "run")), progress=False)
         assert before == {path: path.read_bytes() for path in before}
     finally:
         other.kill()
-        other.wait()
+        other.communicate()
     assert resume(tmp_path / "run").learner.step == finished.learner.step  # a kill leaves no lock behind
 
 
