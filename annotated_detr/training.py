@@ -913,23 +913,26 @@ class RunFolder:
         whole = [json.loads(line) for line in lines if line.endswith("}")]
         return [line for line in whole if phase in (None, line["phase"])]
 
-# %% ../nbs/10_training.ipynb #afac0d73
+# %% ../nbs/10_training.ipynb #ab226657
 @contextlib.contextmanager
 def claimed(folder: RunFolder) -> Iterator[None]:
     """Inside the `with` block no other process trains in the folder; BlockingIOError if one
     does already. Of several processes of one run the first one claims it.
     """
-    lock = FileLock(folder.path / ".lock")
-    try:
-        if process_number()[0] == 0:
-            lock.acquire(timeout=0)
-    except Timeout:
+    lock, taken = FileLock(folder.path / ".lock"), False
+    if process_number()[0] == 0:
+        with writing_into(folder, "the lock"):
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                taken = True
+            except NotImplementedError:
+                pass  # a file system that knows no locks
+    if taken:
         raise BlockingIOError(
             f"another process is training in {folder.path}, and two would overwrite each "
             "other: stop that one, or wait for its end"
-        ) from None
-    except NotImplementedError:
-        pass  # a file system that knows no locks
+        )
     try:
         yield
     finally:
@@ -1291,7 +1294,7 @@ def try_largest_batch(trainer: Trainer) -> str:
             value.copy_(buffers[name])
     return f"the largest batch fits: {what}"
 
-# %% ../nbs/10_training.ipynb #2ecbcd60
+# %% ../nbs/10_training.ipynb #8ee7c984
 def is_time_to_score(learner: Learner) -> bool:
     """Whether the step just made was an epoch's last, and the epoch one to be scored."""
     config, done = learner.config, learner.step - learner.config.warmup_steps
@@ -1315,10 +1318,10 @@ def fit(trainer: Trainer, progress: bool = True) -> None:
     config, learner = trainer.config, trainer.learner
     before, begun = trainer.progress["seconds"], time.perf_counter()
     loader = iter(batches(trainer))
-    watch(trainer, never_shown)
     shown = progress and trainer.rank == 0
     steps = {"total": learner.steps, "initial": learner.step, "unit": "step"}
     with claimed(trainer.folder), progress_bar(shown=shown, **steps) as bar:
+        watch(trainer, never_shown)
         if learner.device.type == "cuda" and learner.step < learner.steps:
             bar.write(try_largest_batch(trainer))
         while learner.step < learner.steps:
@@ -1587,7 +1590,7 @@ def plan(trainer: Trainer) -> str:
         + warn_of_batch(config)
     )
 
-# %% ../nbs/10_training.ipynb #857f0e24
+# %% ../nbs/10_training.ipynb #b188578a
 def start(config: TrainConfig, path: str | Path, model: DETR | None = None) -> Trainer:
     """Opens a new run in a new or empty folder.
 
@@ -1623,13 +1626,14 @@ def resume(path: str | Path) -> Trainer:
             f"{folder.path} was stopped before its weights were written: start it again in a new folder"
         )
     trainer = Trainer(config, folder, ModelSpec.build if folder.states else None)
-    if folder.states:
-        with claimed(folder):
+    with claimed(folder):
+        if folder.states:
             trainer.progress = restore_checkpoint(folder, trainer.learner)
-        trainer.recent.extend(folder.read_metrics("detr"))
-        trainer.warned.update(line["about"] for line in folder.read_metrics("warning"))
-    elif trainer.rank == 0:
-        folder.metrics.unlink(missing_ok=True)
+            trainer.recent.extend(folder.read_metrics("detr"))
+            warnings = folder.read_metrics("warning")
+            trainer.warned.update(line["about"] for line in warnings)
+        elif trainer.rank == 0:
+            folder.metrics.unlink(missing_ok=True)
     return trainer
 
 # %% ../nbs/10_training.ipynb #42b611fd

@@ -9,7 +9,6 @@ repeated; several scripts may share a folder and the work, and each writes what 
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_convert
 from tqdm import tqdm
@@ -75,12 +75,12 @@ def keep_features(folder: Path) -> dict[str, Any]:
     pictures, val = training.open_datasets(RECIPE)
     pictures.transforms = val.transforms
     kept: dict[str, Any] = {}
-    for name, dataset, mirrored in (("train", pictures, (False, True)), ("val", val, (False,))):
-        kept[name] = torch.empty(len(dataset), len(mirrored), 96, 12, 12, dtype=torch.float16)
+    for name, dataset, sides in (("train", pictures, (False, True)), ("val", val, (False,))):
+        kept[name] = torch.empty(len(dataset), len(sides), 96, 12, 12, dtype=torch.float16)
         kept[f"{name}_targets"] = []
         for i in tqdm(range(len(dataset)), desc=f"features of {name}"):
             picture, target = dataset[i]
-            views = torch.stack([picture.flip(-1) if mirror else picture for mirror in mirrored])
+            views = torch.stack([picture.flip(-1) if mirror else picture for mirror in sides])
             mask = torch.zeros(len(views), *views.shape[-2:], dtype=torch.bool)
             kept[name][i] = backbone(NestedTensor(views, mask))["0"].tensors
             kept[f"{name}_targets"].append(target)
@@ -89,6 +89,13 @@ def keep_features(folder: Path) -> dict[str, Any]:
     torch.save(kept, part)
     part.rename(path)
     return keep_features(folder)
+
+
+def mirrored(target: dict[str, Any]) -> dict[str, Any]:
+    """The target of the mirror image; boxes are (cx, cy, w, h) in 0..1."""
+    boxes = target["boxes"].clone()
+    boxes[:, 0] = 1 - boxes[:, 0]
+    return {**target, "boxes": boxes}
 
 
 class Kept(torch.utils.data.Dataset):
@@ -102,11 +109,7 @@ class Kept(torch.utils.data.Dataset):
 
     def __getitem__(self, key: int | tuple[int, bool]) -> tuple[Tensor, dict[str, Any]]:
         i, mirror = key if isinstance(key, tuple) else (key, False)
-        target = self.targets[i]
-        if mirror:
-            boxes = target["boxes"].clone()
-            boxes[:, 0] = 1 - boxes[:, 0]
-            target = {**target, "boxes": boxes}
+        target = mirrored(self.targets[i]) if mirror else self.targets[i]
         return self.features[i, int(mirror)].float(), target
 
 
@@ -215,13 +218,12 @@ def main() -> None:
         for run, change in runs.items():
             if run[0] not in arguments.only or path[run, seed].exists():
                 continue
-            with open(path[run, seed].with_suffix(".lock"), "w") as lock:  # which ends with its process, however that ends
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
-                found = study(kept, truth, names, change, seed)
-                path[run, seed].write_text(json.dumps(found), encoding="utf8")
+            try:
+                with FileLock(path[run, seed].with_suffix(".lock"), timeout=0):  # which ends with its process, however that ends
+                    found = study(kept, truth, names, change, seed)
+                    path[run, seed].write_text(json.dumps(found), encoding="utf8")
+            except Timeout:
+                continue
             print(run, seed, found["scores"], flush=True)
     results = {
         "command": "python book/ablations.py runs/ablations",

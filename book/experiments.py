@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ablations import mirrored
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -65,9 +66,7 @@ def batch_of(kept: list[tuple[torch.Tensor, dict[str, Any]]], rows: list[int], g
         picture, target = kept[row]
         picture = picture.float()
         if torch.rand((), generator=generator) < 0.5:
-            boxes = target["boxes"].clone()
-            boxes[:, 0] = 1 - boxes[:, 0]
-            picture, target = picture.flip(-1), {**target, "boxes": boxes}
+            picture, target = picture.flip(-1), mirrored(target)
         batch.append((picture, target))
     return collate_fn(batch)
 
@@ -114,15 +113,13 @@ def main() -> None:
     }
     average, seconds = None, 0.0
     every = math.ceil((learner.steps - config.warmup_steps) / asked.scorings)
-    with tqdm(total=learner.steps, unit="step") as bar:
-        while learner.step < learner.steps:
-            epoch, place = divmod(learner.step, per_epoch)
-            order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(training.mix_seeds(config.seed, epoch)))
-            batch = batch_of(kept, order[place * config.batch_size :][: config.batch_size].tolist(), flips)
+    order = training.TrainingOrder(len(kept), config.batch_size, learner.steps, config.seed)
+    with tqdm(order, unit="step") as bar:
+        for picked in bar:
+            batch = batch_of(kept, [row for _, row in picked], flips)
             begun, warming_up = time.perf_counter(), learner.warming_up
             training.train_step(learner, batch)
             seconds += time.perf_counter() - begun
-            bar.update()
             if asked.muon and (learner.step == 1 or warming_up != learner.warming_up):
                 learner.optimizer = AdamWAndMuon(learner, asked.lr, asked.muon)
                 learner.rates = [group["lr"] for group in learner.optimizer.param_groups]

@@ -313,6 +313,15 @@ def test_a_run_that_another_process_trains_is_left_alone(finished, tmp_path):
     assert resume(tmp_path / "run").learner.step == finished.learner.step  # a kill leaves no lock behind
 
 
+def test_a_folder_that_cannot_be_locked_is_a_sentence(finished, monkeypatch):
+    def refuse(lock, **options):
+        raise PermissionError(13, "Permission denied", str(finished.folder.path / ".lock"))
+
+    monkeypatch.setattr(training.FileLock, "acquire", refuse)
+    with pytest.raises(OSError, match="the lock cannot be written into .*Permission denied"):
+        resume(finished.folder.path)
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, tmp_path, capsys):
     shutil.copytree(finished.folder.path, tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
