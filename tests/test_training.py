@@ -92,6 +92,18 @@ def test_augmentation_depends_on_seed_epoch_and_picture_and_on_nothing_else(fini
     assert not torch.equal(once, pictures[1, 3][0])
 
 
+def test_a_picture_from_memory_is_the_picture_from_the_disk(finished, monkeypatch):
+    transforms = training.make_coco_transforms("train", size=64, color_jitter=0.5, vertical_flip=True)
+    monkeypatch.setattr(training, "KEPT_BYTES", 4 * sum(h * w for h, w in training.picture_sizes(finished.pictures)[:3]))
+    pictures = AugmentedPictures(finished.pictures, transforms, seed=0)
+    for key in [(epoch, index) for epoch in range(4) for index in range(5)]:
+        image, target = pictures[key]
+        again, expected = AugmentedPictures(finished.pictures, transforms, seed=0)[key]
+        assert torch.equal(image, again)
+        assert all(torch.equal(target[name], value) for name, value in expected.items()) and target.keys() == expected.keys()
+    assert sorted(pictures.kept) == [0, 1, 2], "what does not fit is read again"
+
+
 # The dense head
 
 
