@@ -34,6 +34,7 @@ from annotated_detr.positional_encoding import Joiner, PositionEmbeddingLearned
 RECIPE = training.TrainConfig(
     scenes=8_000, val_scenes=500, epochs=2, batch_size=8, warmup_steps=0, dense_weight=0.0, class_weight=1.0, device="cpu",
 )
+TRIAL = replace(RECIPE, dense_weight=1.0, class_weight=2.0)  # what `--try` changes
 LAYERS = {"num_encoder_layers": 2, "num_decoder_layers": 3}
 # Study → name of the variant → what is changed. The recipe itself is the first of every study.
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
@@ -161,18 +162,19 @@ def scores_of(model: nn.Module, val: Kept, truth: Any) -> dict[str, float | None
     return {name: None if scores[name] is None else round(scores[name], 4) for name in names}
 
 
-def study(kept: dict[str, Any], truth: Any, names: dict[str, str], change: dict[str, Any], seed: int) -> dict[str, Any]:
+def study(kept: dict[str, Any], truth: Any, names: dict[str, str], change: dict[str, Any], recipe: training.TrainConfig) -> dict[str, Any]:
     """Trains one variant to its end and scores every decoder layer, with and without suppression."""
     torch.set_num_threads(1)
+    seed = recipe.seed
     sizes = {key: value for key, value in change.items() if key in (*LAYERS, "normalize_before")}
-    recipe = replace(RECIPE, seed=seed, num_queries=change.get("queries", RECIPE.num_queries))
+    recipe = replace(recipe, num_queries=change.get("queries", recipe.num_queries))
     spec = training.ModelSpec("tiny", len(names) + 1, recipe.num_queries, recipe.size, names, {"aux_loss": True, **LAYERS, **sizes})
     pictures, val = Kept(kept, "train"), Kept(kept, "val")
     per_epoch = len(pictures) // recipe.batch_size
     learner = training.Learner(recipe, spec, per_epoch, build=lambda spec: build(spec, change))
     layers = len(learner.model.transformer.decoder.layers)
     learner.criterion = build_criterion(
-        spec.num_classes, layers, recipe.no_object_weight, change.get("class", 1), change.get("bbox", 5), change.get("giou", 2)
+        spec.num_classes, layers, recipe.no_object_weight, change.get("class", recipe.class_weight), change.get("bbox", 5), change.get("giou", 2)
     )
     learner.model.aux_loss = change.get("auxiliary", True)
     order = torch.Generator().manual_seed(seed)
@@ -202,11 +204,27 @@ def study(kept: dict[str, Any], truth: Any, names: dict[str, str], change: dict[
     return result
 
 
+def attempt(changes: list[str], kept: dict[str, Any], truth: Any, names: dict[str, str]) -> None:
+    """Trains `TRIAL` with some numbers changed, a field of TrainConfig or bbox or giou, and adds what it scored to the results."""
+    numbers = {name: type(getattr(TRIAL, name, 0.0))(float(value)) for name, value in (change.split("=") for change in changes)}
+    weights = {name: numbers.pop(name) for name in ("bbox", "giou") if name in numbers}
+    found = study(kept, truth, names, weights, replace(TRIAL, **numbers))
+    path = Path(__file__).parent / "results" / "recipe" / "frozen-backbone.json"
+    results = json.loads(path.read_text(encoding="utf8"))
+    results["runs"].append({"tried": " ".join(changes), "AP": found["scores"]["AP"], "AP50": found["scores"]["AP50"], "curve": found["curve"]})
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf8")
+    print(results["runs"][-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
     parser.add_argument("--only", nargs="*", help="studies", choices=["the recipe", *STUDIES], default=["the recipe", *STUDIES])
+    parser.add_argument(
+        "--try", nargs="*", metavar="FIELD=NUMBER", dest="tried",
+        help="instead of the studies, one run with other settings, added to book/results/recipe/frozen-backbone.json",
+    )
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     runs = {("the recipe", ""): {}} | {(name, v): change for name, variants in STUDIES.items() for v, change in variants.items()}
@@ -214,13 +232,16 @@ def main() -> None:
     kept = keep_features(arguments.folder)
     truth = training.open_datasets(RECIPE)[1].coco
     names = {str(row["id"]): row["name"] for row in truth.dataset["categories"]}
+    if arguments.tried is not None:
+        attempt(arguments.tried, kept, truth, names)
+        return
     for seed in arguments.seeds:
         for run, change in runs.items():
             if run[0] not in arguments.only or path[run, seed].exists():
                 continue
             try:
                 with FileLock(path[run, seed].with_suffix(".lock"), timeout=0):  # which ends with its process, however that ends
-                    found = study(kept, truth, names, change, seed)
+                    found = study(kept, truth, names, change, replace(RECIPE, seed=seed))
                     path[run, seed].write_text(json.dumps(found), encoding="utf8")
             except Timeout:
                 continue
