@@ -18,7 +18,7 @@ from .nested_tensor import nested_tensor_from_tensor_list
 from .scenes import progress_bar
 from .training import RunFolder, picture_losses, to_device
 
-# %% ../nbs/14_is_it_learning.ipynb #ff30e224
+# %% ../nbs/14_is_it_learning.ipynb #aa95a712
 SIGNS = {
     "loss": "loss",
     "foreground_accuracy": "class known, %",
