@@ -327,7 +327,7 @@ def completion(shell: Positional[Literal["bash", "zsh", "tcsh"]]) -> None:
     """
     main(["--tyro-print-completion", shell])
 
-# %% ../nbs/cli.ipynb #c7e09a3d
+# %% ../nbs/cli.ipynb #a709b6af
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; `arguments` are those of the shell if not given."""
     if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
@@ -354,7 +354,8 @@ A first session, without any data of your own:
 
   annotated-detr train runs/first tiny --epochs 5
   annotated-detr eval runs/first
-  annotated-detr predict runs/first PICTURES --out found
+  annotated-detr scenes shapes --split test --count 8
+  annotated-detr predict runs/first shapes/images/test --out found
 
 With pictures and a COCO annotation file of your own:
 
