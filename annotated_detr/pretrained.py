@@ -324,7 +324,7 @@ def _options_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "normalize_before": "transformer.encoder.norm.weight" in state,
     }
 
-# %% ../nbs/12_pretrained.ipynb #89c6e161
+# %% ../nbs/12_pretrained.ipynb #8fb66a6c
 class _Found(NamedTuple):
     spec: ModelSpec
     state: dict[str, Tensor]
@@ -360,7 +360,7 @@ def _from_checkpoint(path: Path, model: str | None) -> _Found:
         )
     if "nheads" not in args and not published:
         notes.append("the file does not say how many attention heads: taken as 8")
-    if not published:
+    if not args and not published:  # the authors' script knows one size only
         notes.append("the file does not say how large its pictures were: taken as 800")
     if published:
         spec = replace(spec, class_names=_COCO_NAMES)

@@ -115,6 +115,7 @@ def test_what_a_bare_state_dict_does_not_say_is_said_to_be_assumed(small, tmp_pa
     assert loaded.spec.model == "detr_resnet50" and loaded.spec.class_names == {}
     printed = capsys.readouterr().out
     assert "does not say whether layer4 is dilated" in printed and "attention heads: taken as 8" in printed
+    assert "how large its pictures were: taken as 800" in printed
     loaded = load(tmp_path / "weights.pth", model="detr_resnet50_dc5", nhead=4)
     assert loaded.spec.model == "detr_resnet50_dc5" and "dilated" not in capsys.readouterr().out
 
