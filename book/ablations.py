@@ -165,7 +165,6 @@ def scores_of(model: nn.Module, val: Kept, truth: Any) -> dict[str, float | None
 def study(kept: dict[str, Any], truth: Any, names: dict[str, str], change: dict[str, Any], recipe: training.TrainConfig) -> dict[str, Any]:
     """Trains one variant to its end and scores every decoder layer, with and without suppression."""
     torch.set_num_threads(1)
-    seed = recipe.seed
     sizes = {key: value for key, value in change.items() if key in (*LAYERS, "normalize_before")}
     recipe = replace(recipe, num_queries=change.get("queries", recipe.num_queries))
     spec = training.ModelSpec("tiny", len(names) + 1, recipe.num_queries, recipe.size, names, {"aux_loss": True, **LAYERS, **sizes})
@@ -177,7 +176,7 @@ def study(kept: dict[str, Any], truth: Any, names: dict[str, str], change: dict[
         spec.num_classes, layers, recipe.no_object_weight, change.get("class", recipe.class_weight), change.get("bbox", 5), change.get("giou", 2)
     )
     learner.model.aux_loss = change.get("auxiliary", True)
-    order = torch.Generator().manual_seed(seed)
+    order = torch.Generator().manual_seed(recipe.seed)
     curve = []
     with tqdm(total=learner.steps, unit="step", mininterval=20) as bar:
         while learner.step < learner.steps:
@@ -193,7 +192,7 @@ def study(kept: dict[str, Any], truth: Any, names: dict[str, str], change: dict[
                 curve.append({"step": learner.step, "AP": found["AP"], "AP50": found["AP50"]})
                 print(curve[-1], flush=True)
     result = {
-        "seed": seed, "steps": learner.steps, "change": change, "parameters": sum(p.numel() for p in learner.model.parameters()),
+        "seed": recipe.seed, "steps": learner.steps, "change": change, "parameters": sum(p.numel() for p in learner.model.parameters()),
         "scores": found, "curve": curve,
     }
     if not change or layers > LAYERS["num_decoder_layers"]:

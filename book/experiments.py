@@ -114,28 +114,27 @@ def main() -> None:
     average, seconds = None, 0.0
     every = math.ceil((learner.steps - config.warmup_steps) / asked.scorings)
     order = training.TrainingOrder(len(kept), config.batch_size, learner.steps, config.seed)
-    with tqdm(order, unit="step") as bar:
-        for picked in bar:
-            batch = batch_of(kept, [row for _, row in picked], flips)
-            begun, warming_up = time.perf_counter(), learner.warming_up
-            training.train_step(learner, batch)
-            seconds += time.perf_counter() - begun
-            if asked.muon and (learner.step == 1 or warming_up != learner.warming_up):
-                learner.optimizer = AdamWAndMuon(learner, asked.lr, asked.muon)
-                learner.rates = [group["lr"] for group in learner.optimizer.param_groups]
-            done = learner.step - config.warmup_steps
-            if asked.ema and done >= 0:
-                average = average or copy.deepcopy(learner.model)
-                decay = min(asked.ema, (done + 1) / (done + 10))
-                for mean, value in zip(average.state_dict().values(), learner.model.state_dict().values()):
-                    mean.lerp_(value, 1 - decay) if mean.is_floating_point() else mean.copy_(value)
-            if done > 0 and (done % every == 0 or learner.step == learner.steps):
-                line = {"step": learner.step, "seconds": round(seconds)} | score(learner.model)
-                if average is not None:
-                    line["average"] = score(average)
-                result["curve"].append(line)
-                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
-                print(line, flush=True)
+    for picked in tqdm(order, unit="step"):
+        batch = batch_of(kept, [row for _, row in picked], flips)
+        begun, warming_up = time.perf_counter(), learner.warming_up
+        training.train_step(learner, batch)
+        seconds += time.perf_counter() - begun
+        if asked.muon and (learner.step == 1 or warming_up != learner.warming_up):
+            learner.optimizer = AdamWAndMuon(learner, asked.lr, asked.muon)
+            learner.rates = [group["lr"] for group in learner.optimizer.param_groups]
+        done = learner.step - config.warmup_steps
+        if asked.ema and done >= 0:
+            average = average or copy.deepcopy(learner.model)
+            decay = min(asked.ema, (done + 1) / (done + 10))
+            for mean, value in zip(average.state_dict().values(), learner.model.state_dict().values()):
+                mean.lerp_(value, 1 - decay) if mean.is_floating_point() else mean.copy_(value)
+        if done > 0 and (done % every == 0 or learner.step == learner.steps):
+            line = {"step": learner.step, "seconds": round(seconds)} | score(learner.model)
+            if average is not None:
+                line["average"] = score(average)
+            result["curve"].append(line)
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
+            print(line, flush=True)
 
 
 if __name__ == "__main__":
